@@ -1,0 +1,1 @@
+"""What a checkpoint is: pure functions and frozen data, no I/O."""
