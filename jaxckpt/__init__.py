@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from jaxckpt.graph.status import RestoreStatus as RestoreStatus
     from jaxckpt.listing import checkpoints_iterator as checkpoints_iterator
     from jaxckpt.listing import latest_checkpoint as latest_checkpoint
-    from jaxckpt.manager import CheckpointInfo as CheckpointInfo
     from jaxckpt.manager import CheckpointManager as CheckpointManager
     from jaxckpt.reader import CheckpointReader as CheckpointReader
     from jaxckpt.reader import list_variables as list_variables
     from jaxckpt.reader import load_checkpoint as load_checkpoint
     from jaxckpt.report import SaveReport as SaveReport
-    from jaxckpt.restore import Restored as Restored
     from jaxckpt.restore import restore as restore
+    from jaxckpt.restored import Restored as Restored
     from jaxckpt.save import save as save
     from jaxckpt.save import save_async as save_async
+    from jaxckpt.storage.retention import CheckpointInfo as CheckpointInfo
     from jaxckpt.writer import SaveFuture as SaveFuture
 
 __version__ = "0.1.0"
@@ -74,11 +74,13 @@ _HOMES = {
     "graph.model": ["ObjectGraph"],
     "graph.status": ["RestoreStatus"],
     "listing": ["checkpoints_iterator", "latest_checkpoint"],
-    "manager": ["CheckpointInfo", "CheckpointManager"],
+    "manager": ["CheckpointManager"],
     "reader": ["CheckpointReader", "list_variables", "load_checkpoint"],
     "report": ["SaveReport"],
-    "restore": ["Restored", "restore"],
+    "restore": ["restore"],
+    "restored": ["Restored"],
     "save": ["save", "save_async"],
+    "storage.retention": ["CheckpointInfo"],
     "writer": ["SaveFuture"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

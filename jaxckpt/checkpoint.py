@@ -8,9 +8,10 @@ from typing import Any, Self
 
 import jax
 
-from jaxckpt import numbering, saving
 from jaxckpt.graph.flatten import child_names
-from jaxckpt.restore import Restored, restore
+from jaxckpt.numbered import save_numbered
+from jaxckpt.restore import restore
+from jaxckpt.restored import Restored
 from jaxckpt.save import save
 
 
@@ -59,7 +60,9 @@ class Checkpoint:
             return self._root[name]
         if self._root is not None and hasattr(self._root, name):
             return getattr(self._root, name)
-        raise AttributeError(f"this Checkpoint has no edge {name!r}; it has {', '.join(self._edges) or 'none'}")
+        raise AttributeError(
+            f"this Checkpoint has no edge {name!r}; it has {', '.join(self._edges) or 'none'}"
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Checkpoint is frozen: use .replace({name}=...)")
@@ -103,7 +106,7 @@ class Checkpoint:
 
     def save(self, prefix: str | os.PathLike[str], **options: Any) -> str:
         """Saves as ``prefix-N`` and returns that path; N is one more than any number used there before."""
-        return saving.save_numbered(self, os.fspath(prefix), **options)
+        return save_numbered(self, prefix, **options)
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> str:
         """Saves at exactly this path, without a number, and returns it."""

@@ -169,12 +169,17 @@ def refactor(directory: Path) -> None:
     print(f"Restored from {manager.latest_checkpoint}")
     print(status)
     kept = 0
-    adam = optax.tree_utils.tree_get(state["optimizer"], "mu"), optax.tree_utils.tree_get(state["optimizer"], "nu")
+    adam = (
+        optax.tree_utils.tree_get(state["optimizer"], "mu"),
+        optax.tree_utils.tree_get(state["optimizer"], "nu"),
+    )
     for name, moments in zip(("mu", "nu"), adam, strict=True):
         for path, moment in jax.tree.leaves_with_path(moments):
             layer, kind = (str(step.key) for step in path)
             kept += _equal(moment, reader[f"net/{layer}/{kind}/.OPTIMIZER_SLOT/optimizer/{name}"])
-    print(f"{kept} of {2 * len(jax.tree.leaves(state['net']))} moments are bit for bit those of the checkpoint.")
+    print(
+        f"{kept} of {2 * len(jax.tree.leaves(state['net']))} moments are bit for bit those of the checkpoint."
+    )
     batches = state.pop("data")
     state = make_step(optimizer)(state, *next(batches))
     print(f"Training goes on: step {int(state['step'])}, loss {float(state['loss']):.4f}")

@@ -332,3 +332,8 @@ class ObjectGraph:
             yield path, structure
             pairs = zip(structure.names, structure.children, strict=True)
             stack.extend(reversed([((*path, name), child) for name, child in pairs]))
+
+    def __str__(self) -> str:
+        from jaxckpt.graph.text import draw  # text is drawn from graphs, so it imports this module
+
+        return draw(self)

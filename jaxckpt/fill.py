@@ -1,0 +1,235 @@
+"""Filling a target: read in groups that fit the memory limit, convert, make arrays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxckpt.errors import Problem, RestoreError
+from jaxckpt.graph.flatten import Flat, flatten
+from jaxckpt.graph.match import Fill, Match
+from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph
+from jaxckpt.initialize import Initializer
+from jaxckpt.progress import Report
+from jaxckpt.reader import CheckpointReader
+from jaxckpt.storage import devices
+from jaxckpt.convert import Misfit, check_result, convert, describe, same
+
+#: Host bytes read at once, when nothing else is asked for.
+DEFAULT_MEMORY_LIMIT = 2 << 30
+
+
+class Unfilled:
+    """Stands in a result for an abstract leaf that nothing has filled."""
+
+    def __repr__(self) -> str:
+        return "<not restored>"
+
+
+UNFILLED = Unfilled()
+
+
+def own_value(flat: Flat, index: int) -> Any:
+    """What a leaf of the target is when nothing is restored into it."""
+    spec = flat.graph.leaves[index].spec
+    return UNFILLED if isinstance(spec, ArraySpec) and spec.abstract else flat.values[index]
+
+
+class Filler:
+    """One restore in progress.
+
+    Args:
+        reader: the opened checkpoint.
+        graph: the target's graph.
+        own: the target's leaves; None where there is no target, `jax.ShapeDtypeStruct`s to say where to.
+        fills: one for each leaf: which saved leaves go there, and how.
+        memory_limit: host bytes that may be held on the way.
+        progress: called with (bytes done, bytes in all).
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        graph: ObjectGraph,
+        own: Sequence[Any],
+        fills: Sequence[Fill],
+        *,
+        memory_limit: int | None,
+        progress: Report = lambda done, total: None,
+    ) -> None:
+        self._reader = reader
+        self._leaves = graph.leaves
+        self._own = own
+        self._fills = fills
+        self._limit = max(1, (memory_limit or DEFAULT_MEMORY_LIMIT) // 2)
+        self._progress = progress
+        self._problems: list[Problem] = []
+        self._iterators: list[tuple[Any, Any]] = []
+        self.unequal: list[int] = []
+
+    def fill(self, wanted: Sequence[int]) -> dict[int, Any]:
+        """The values of these leaves (indices into the target's), but for those in `unequal`.
+
+        Nothing has changed in place when this returns: see `finish`.
+
+        Raises:
+            RestoreError: a value, once read, does not fit.
+        """
+        # One array under two names of the target is made once, if it was saved with one value.
+        first: dict[Any, int] = {}
+        stands_for = {index: first.setdefault(self._identity(index), index) for index in wanted}
+        results: dict[int, Any] = {}
+        total, done = sum(map(self._nbytes, first.values())), 0
+        for group in self._groups(list(first.values())):
+            results.update(self._fill_group(group))
+            done += sum(map(self._nbytes, group))
+            self._progress(done, total)
+        if self._problems:
+            raise RestoreError(f"{self._reader.path} does not fit the target:", self._problems)
+        return {index: results[other] for index, other in stands_for.items() if other in results}
+
+    def finish(self) -> None:
+        """Sets the iterators: the one thing that a restore changes in place, after all else has succeeded."""
+        for iterator, state in self._iterators:
+            set_state(iterator, state)
+
+    def _fill_group(self, group: Sequence[int]) -> dict[int, Any]:
+        sources = sorted({source for index in group for source in self._fills[index].sources})
+        values = dict(zip(sources, self._reader.read(sources), strict=True))
+        results: dict[int, Any] = {}
+        places: dict[int, devices.Placement] = {}
+        for index in group:
+            leaf, own, fill = self._leaves[index], self._own[index], self._fills[index]
+            if fill.equal and not same([values[source] for source in fill.sources]):
+                self.unequal.append(index)
+                continue
+            try:
+                value = self._value(index, values)
+            except Misfit as misfit:
+                self._problems.append(misfit.problem(leaf.key))
+                continue
+            if isinstance(leaf.spec, ArraySpec):
+                places[index] = devices.Placement(host=value, spec=leaf.spec, like=own)
+            elif isinstance(leaf.spec, IteratorSpec) and own is not None:
+                self._iterators.append((own, value))
+                results[index] = own
+            else:
+                results[index] = value
+        if not self._problems:  # after a misfit nothing more is allocated
+            results.update(zip(places, devices.place(list(places.values())), strict=True))
+        return results
+
+    def _value(self, index: int, values: Mapping[int, Any]) -> Any:
+        """The host value of one leaf of the target, as the target has it."""
+        fill, leaf = self._fills[index], self._leaves[index]
+        saved = [self._reader.graph.leaves[source] for source in fill.sources]
+        if fill.function is not None:
+            arrays = [np.asarray(values[source]) for source in fill.sources]
+            return check_result(fill.function(arrays), leaf.spec, describe(saved))
+        return convert(values[fill.sources[0]], saved[0].spec, leaf.spec, cast=fill.cast)
+
+    def _identity(self, index: int) -> Any:
+        fill, leaf = self._fills[index], self._leaves[index]
+        if fill.function is not None or not isinstance(leaf.spec, ArraySpec):
+            return index
+        return leaf.node, tuple(map(self._reader.digest, fill.sources))
+
+    def _nbytes(self, index: int) -> int:
+        return sum(map(self._reader.nbytes, self._fills[index].sources))
+
+    def _groups(self, wanted: Sequence[int]) -> Iterator[list[int]]:
+        """Runs of leaves whose bytes fit the limit; a larger leaf is a group of its own."""
+        group: list[int] = []
+        size = 0
+        for index in wanted:
+            nbytes = self._nbytes(index)
+            if group and size + nbytes > self._limit:
+                yield group
+                group, size = [], 0
+            group.append(index)
+            size += nbytes
+        if group:
+            yield group
+
+
+def set_state(iterator: Any, state: Any) -> None:
+    """Sets an iterator to a copy of the state."""
+    own = copy.deepcopy(state)
+    if hasattr(iterator, "set_state"):
+        iterator.set_state(own)
+    else:
+        iterator.load_state_dict(own)
+
+
+def initialize_leaves(flat: Flat, wanted: Sequence[int], initializer: Initializer) -> list[Any]:
+    """The values that an initializer gives for these leaves of a target.
+
+    Raises:
+        RestoreError: it lacks one, or gives another shape or dtype.
+    """
+    given = flatten(initializer.target, target=True)
+    problems: list[Problem] = []
+    found: list[int] = []
+    for index in wanted:
+        leaf = flat.graph.leaves[index]
+        other = given.graph.by_key.get(leaf.key)
+        spec = given.graph.leaves[other].spec if other is not None else None
+        if other is None or not isinstance(spec, ArraySpec):
+            text = "nothing" if spec is None else str(spec)
+            problems.append(
+                Problem(key=leaf.key, kind="missing", saved=f"{text} from init_fn", wanted=str(leaf.spec))
+            )
+        elif str(spec) != str(leaf.spec):
+            problems.append(
+                Problem(key=leaf.key, kind="shape", saved=f"{spec} from init_fn", wanted=str(leaf.spec))
+            )
+        else:
+            found.append(other)
+    if problems:
+        raise RestoreError("init_fn does not fit the target:", problems)
+    traced = [place for place, other in enumerate(found) if initializer.outputs[other] >= 0]
+    results = [given.values[other] for other in found]
+    shardings = [getattr(flat.values[wanted[place]], "sharding", None) for place in traced]
+    computed = initializer.compute([found[place] for place in traced], shardings)
+    for place, value in zip(traced, computed, strict=True):
+        results[place] = value
+    return results
+
+
+def fill_matched(
+    reader: CheckpointReader,
+    flat: Flat,
+    found: Match,
+    wanted: Sequence[int],
+    values: Sequence[Any],
+    *,
+    memory_limit: int | None,
+    progress: Report = lambda done, total: None,
+) -> tuple[tuple[Any, ...], Match]:
+    """Carries out a match.
+
+    Args:
+        reader: the opened checkpoint.
+        flat: the target.
+        found: its match, checked.
+        wanted: the leaves to fill.
+        values: what all leaves are so far.
+        memory_limit: as of `restore`.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The values with those filled in, and the match as it turned out.
+
+    Raises:
+        RestoreError: a value does not fit; nothing was changed.
+    """
+    filler = Filler(reader, flat.graph, flat.values, found.fills, memory_limit=memory_limit, progress=progress)
+    filled = filler.fill(wanted)
+    if filler.unequal:
+        found = found.revise(unequal=filler.unequal)
+        found.check(reader.path)
+    filler.finish()
+    return tuple(filled.get(index, value) for index, value in enumerate(values)), found

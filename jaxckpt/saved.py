@@ -1,0 +1,135 @@
+"""Restoring without a target: the saved structure, with its arrays wherever one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxckpt.errors import RestoreError
+from jaxckpt.fill import Filler
+from jaxckpt.graph.flatten import flatten
+from jaxckpt.graph.match import Fill
+from jaxckpt.graph.model import ROOT, ArraySpec, Leaf, LeafSpec, ObjectGraph, Structure
+from jaxckpt.graph.rebuild import rebuild
+from jaxckpt.graph.rules import Rules
+from jaxckpt.graph.status import RestoreStatus
+from jaxckpt.graph.view import look
+from jaxckpt.progress import Progress, shown
+from jaxckpt.reader import CheckpointReader, PathLike, has_value, open_exact
+from jaxckpt.restored import Restored, State
+from jaxckpt.storage.dtypes import numpy_dtype
+
+#: Where arrays go: a `jax.sharding.Sharding`, a function of (key, ShapeDtypeStruct), `numpy.ndarray`, or None.
+Where = Any
+
+
+def restore_saved(
+    path: PathLike | CheckpointReader | None,
+    at: str,
+    sharding: Where,
+    memory_limit: int | None,
+    progress: Progress,
+) -> Restored:
+    """The saved structure, type for type where that needs no import of what a file names.
+
+    Raises:
+        RestoreError: there is no node ``at``.
+    """
+    rules = Rules.of(at=at)
+    if path is None:
+        flat = flatten(None, target=True)
+        return Restored(State.nothing(flat, flat.values, rules))
+    reader = path if isinstance(path, CheckpointReader) else open_exact(path)
+    graph, keys = _below(reader.graph, rules.at)
+    wanted = [index for index in keys if has_value(graph.leaves[index])]
+    models = [_model(leaf, sharding) for leaf in graph.leaves]
+    leaves = tuple(replace(leaf, spec=spec) for leaf, (spec, _) in zip(graph.leaves, models, strict=True))
+    fills = [Fill("restored", (index,)) for index in range(len(leaves))]
+    with shown(progress, "Restoring") as report:
+        filler = Filler(
+            reader,
+            replace(graph, leaves=leaves),
+            [like for _, like in models],
+            fills,
+            memory_limit=memory_limit,
+            progress=report,
+        )
+        filled = filler.fill(wanted)
+    flat = flatten(rebuild(graph, [filled.get(index, ...) for index in range(len(leaves))]), target=True)
+    status = RestoreStatus(restored={keys[index]: (graph.leaves[index].key,) for index in wanted})
+    return Restored(
+        State(flat=flat, values=flat.values, status=status, reader=reader, rules=rules, memory_limit=memory_limit)
+    )
+
+
+def saved_target(reader: CheckpointReader, sharding: Where) -> Any:
+    """The saved structure with a `jax.ShapeDtypeStruct` for each array."""
+    return rebuild(reader.graph, [_abstract_leaf(reader, leaf, sharding) for leaf in reader.graph.leaves])
+
+
+def _below(graph: ObjectGraph, at: str) -> tuple[ObjectGraph, dict[int, str]]:
+    """The graph with the structure at a node, and the keys, as seen from there, of its leaves."""
+    view = look(graph, at)
+    structure = view.structure
+    if structure is None:
+        only = [index for index, leaf in enumerate(view.leaves) if leaf is not None and leaf.key == ROOT]
+        if len(only) != 1:
+            raise RestoreError(
+                f"at={at!r} is a part of an optimizer, which has no structure of its own: give a target for it"
+            )
+        structure = Structure(type="leaf", leaf=only[0])
+    below = replace(graph, structure=structure)
+    keys: dict[int, str] = {}
+    for _, part in below.walk():
+        seen = view.leaves[part.leaf] if part.leaf >= 0 else None
+        if seen is not None:
+            keys[part.leaf] = seen.key
+        elif part.leaf >= 0:
+            keys[part.leaf] = graph.leaves[part.leaf].key
+    return below, keys
+
+
+def _model(leaf: Leaf, sharding: Where) -> tuple[LeafSpec, Any]:
+    """What an array comes back as: its spec, and a model for its placement."""
+    spec = leaf.spec
+    if not isinstance(spec, ArraySpec) or spec.array_type not in ("jax", "key"):
+        return spec, None
+    if sharding is np.ndarray or (_is_64_bit(spec) and not jax.config.jax_enable_x64):
+        plain = ArraySpec(shape=spec.stored_shape, dtype=spec.dtype, array_type="numpy")
+        return plain, None
+    return spec, abstract(leaf.key, spec, sharding)
+
+
+def _abstract_leaf(reader: CheckpointReader, leaf: Leaf, sharding: Where) -> Any:
+    if isinstance(leaf.spec, ArraySpec):
+        return abstract(leaf.key, leaf.spec, sharding)
+    if leaf.kind == "value":
+        return reader[leaf.key]
+    return ...
+
+
+def abstract(key: str, spec: ArraySpec, sharding: Where) -> jax.ShapeDtypeStruct:
+    """An abstract array like a saved one."""
+    dtype: Any = numpy_dtype(spec.dtype)
+    if spec.impl is not None:
+        dtype = jax.eval_shape(lambda: jax.random.key(0, impl=spec.impl)).dtype
+    plain = jax.ShapeDtypeStruct(spec.shape, dtype, weak_type=spec.weak_type)
+    where: Any = sharding
+    if isinstance(sharding, Callable) and not isinstance(sharding, jax.sharding.Sharding):
+        where = sharding(key, plain)
+    if where is None:
+        return plain
+    if not isinstance(where, jax.sharding.Sharding):
+        raise TypeError(
+            f"sharding= takes a jax.sharding.Sharding, a function of (key, ShapeDtypeStruct) that gives one or "
+            f"None, or numpy.ndarray; for {key} it is {where!r}"
+        )
+    return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where, weak_type=spec.weak_type)
+
+
+def _is_64_bit(spec: ArraySpec) -> bool:
+    return spec.dtype in ("int64", "uint64", "float64", "complex128")

@@ -1,0 +1,315 @@
+"""Documents to `ObjectGraph`, with every check that they allow. Pure.
+
+Nothing here recurses, and no step takes more than time in proportion to the document: a hostile one can only
+be refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from jaxckpt.graph.model import (
+    ArraySpec,
+    CallableSpec,
+    Edge,
+    IteratorSpec,
+    KeyType,
+    Leaf,
+    LeafSpec,
+    Name,
+    Node,
+    ObjectGraph,
+    Sharding,
+    SkippedSpec,
+    Slot,
+    StateField,
+    Structure,
+    ValueSpec,
+)
+from jaxckpt.storage.documents import (
+    ArrayDoc,
+    CallableDoc,
+    GraphDoc,
+    IteratorDoc,
+    SkippedDoc,
+    SpecDoc,
+    StateDoc,
+    StructureRow,
+    ValueDoc,
+    plain_text,
+    text_value,
+    unescape_text,
+)
+
+#: Deeper trees are refused.
+MAX_DEPTH = 10_000
+_MAX_RANK = 64  # numpy's
+_KEY_TYPES = frozenset(get_args(KeyType))
+
+Text = Callable[[str], str]
+Problems = list[str]
+
+
+def from_documents(documents: Sequence[GraphDoc], problems: Problems) -> ObjectGraph | None:
+    """The graph of its documents.
+
+    Args:
+        documents: as `to_documents` makes them.
+        problems: gets one text, with its place in the document, for each thing that is wrong.
+
+    Returns:
+        The graph; None, or a graph that must not be used, if there are problems.
+    """
+    graphs: list[ObjectGraph | None] = [None] * len(documents)
+    if not documents:
+        problems.append("graphs: there is none")
+        return None
+    used = [False] * len(documents)
+    # States come after the graphs that hold them, so that no graph can hold itself.
+    for number in range(len(documents) - 1, -1, -1):
+        where = "graph" if number == 0 else f"graphs[{number}]"
+        graphs[number] = _graph(documents[number], number, graphs, used, where, problems)
+    unused = [number for number in range(1, len(documents)) if not used[number]]
+    if unused:
+        problems.append(f"graphs[{unused[0]}]: no leaf has this state")
+    return graphs[0]
+
+
+def _graph(
+    document: GraphDoc,
+    number: int,
+    graphs: Sequence[ObjectGraph | None],
+    used: list[bool],
+    where: str,
+    problems: Problems,
+) -> ObjectGraph | None:
+    text = unescape_text if document.escaped else plain_text
+    start = len(problems)
+    specs = [
+        _spec(spec, number, graphs, used, text, f"{where}.specs[{i}]", problems)
+        for i, spec in enumerate(document.specs)
+    ]
+    states = [_state(state, text) for state in document.states]
+    _check_rows(document, where, problems)
+    if len(problems) > start:
+        return None
+    leaves = tuple(
+        Leaf(
+            key=text(key),
+            node=node,
+            spec=specs[spec],
+            state=states[state] if state >= 0 else None,
+            variable=variable if variable is None else text(variable),
+        )
+        for key, node, spec, state, variable in document.leaves
+    )
+    structure = _structure(document, len(leaves), text, where, problems)
+    if structure is None:
+        return None
+    return ObjectGraph(
+        nodes=tuple(Node(key=text(key), kind=kind, type=text(type_)) for key, kind, type_ in document.nodes),
+        edges=tuple(Edge(parent=a, name=text(name), child=b) for a, name, b in document.edges),
+        slots=tuple(
+            Slot(optimizer=text(a), variable=text(b), name=text(c), key=text(d))
+            for a, b, c, d in document.slots
+        ),
+        leaves=leaves,
+        structure=structure,
+        left_out=document.left_out,
+    )
+
+
+def _check_rows(document: GraphDoc, where: str, problems: Problems) -> None:
+    """That all numbers point at something, that no key stands twice, and that there is no cycle."""
+    nodes, specs, states = len(document.nodes), len(document.specs), len(document.states)
+    if not nodes:
+        problems.append(f"{where}.nodes: there is none")
+    keys = {row[0] for row in document.leaves}
+    seen: set[str] = set()
+    for i, (key, node, spec, state, _) in enumerate(document.leaves):
+        if not (0 <= node < nodes and 0 <= spec < specs and -1 <= state < states):
+            problems.append(f"{where}.leaves[{i}]: points at a node, spec or state that is not there")
+        if key in seen:
+            problems.append(f"{where}.leaves[{i}]: a second leaf with the key {key!r}")
+        seen.add(key)
+    node_keys = {row[0] for row in document.nodes}
+    for i, (optimizer, variable, _, key) in enumerate(document.slots):
+        if optimizer not in node_keys or variable not in keys or key not in keys:
+            problems.append(f"{where}.slots[{i}]: its optimizer, variable or value is not there")
+    if document.left_out < 0:
+        problems.append(f"{where}.left_out: is negative")
+    dangling = [i for i, (a, _, b) in enumerate(document.edges) if not (0 <= a < nodes and 0 <= b < nodes)]
+    for i in dangling:
+        problems.append(f"{where}.edges[{i}]: joins nodes that are not there")
+    if not dangling and _has_cycle(nodes, document.edges):
+        problems.append(f"{where}.edges: go round in a circle")
+
+
+def _has_cycle(nodes: int, edges: Sequence[tuple[int, str, int]]) -> bool:
+    """Kahn: takes away nodes that nothing points at until none is left, or only cycles are."""
+    incoming = [0] * nodes
+    children: list[list[int]] = [[] for _ in range(nodes)]
+    for parent, _, child in edges:
+        incoming[child] += 1
+        children[parent].append(child)
+    free = [node for node in range(nodes) if not incoming[node]]
+    for node in free:
+        for child in children[node]:
+            incoming[child] -= 1
+            if not incoming[child]:
+                free.append(child)  # the list is the queue
+    return len(free) != nodes
+
+
+def _spec(
+    document: SpecDoc,
+    number: int,
+    graphs: Sequence[ObjectGraph | None],
+    used: list[bool],
+    text: Text,
+    where: str,
+    problems: Problems,
+) -> LeafSpec:
+    match document:
+        case ArrayDoc():
+            return _array(document, text, where, problems)
+        case ValueDoc():
+            return _value(document, text, where, problems)
+        case IteratorDoc():
+            if document.state is None:
+                return IteratorSpec()
+            if not number < document.state < len(graphs) or used[document.state]:
+                problems.append(f"{where}.state: points at no state, or at one that is another's")
+                return IteratorSpec()
+            used[document.state] = True
+            return IteratorSpec(state=graphs[document.state])
+        case CallableDoc():
+            return CallableSpec(name=text(document.name))
+        case SkippedDoc():
+            return SkippedSpec()
+
+
+def _value(document: ValueDoc, text: Text, where: str, problems: Problems) -> ValueSpec:
+    if document.value is None:
+        if document.type not in ("str", "bytes"):
+            problems.append(f"{where}: a Python {document.type} without a value")
+        return ValueSpec(type=document.type)
+    try:
+        return ValueSpec(type=document.type, value=text_value(document.type, text(document.value)))
+    except (ValueError, OverflowError) as error:
+        problems.append(f"{where}.value: {document.value[:40]!r} is no {document.type} ({error})")
+        return ValueSpec(type=document.type)
+
+
+def _array(document: ArrayDoc, text: Text, where: str, problems: Problems) -> ArraySpec:
+    lengths = [*document.shape, *document.key_shape]
+    if len(lengths) > _MAX_RANK or any(not 0 <= length < 1 << 62 for length in lengths):
+        problems.append(f"{where}.shape: {lengths[:8]} is no shape")
+    elif math.prod(max(1, length) for length in lengths) >= 1 << 62:
+        problems.append(f"{where}.shape: {lengths[:8]} has more elements than any array")
+    sharding = document.sharding
+    if sharding is not None and len(sharding.shard_shape) not in (0, len(document.shape)):
+        problems.append(f"{where}.sharding: its shard has another rank than the array")
+    if (document.impl is None) != (document.array_type != "key"):
+        problems.append(f"{where}.impl: only keys have one")
+    return ArraySpec(
+        shape=tuple(document.shape),
+        dtype=document.dtype,
+        array_type=document.array_type,
+        weak_type=document.weak_type,
+        ref=document.ref,
+        impl=document.impl,
+        key_shape=tuple(document.key_shape),
+        sharding=None
+        if sharding is None
+        else Sharding(
+            mesh=tuple((text(name), size) for name, size in sharding.mesh),
+            spec=tuple(tuple(text(axis) for axis in axes) for axes in sharding.spec),
+            shard_shape=tuple(sharding.shard_shape),
+            memory_kind=sharding.memory_kind,
+        ),
+    )
+
+
+def _state(document: StateDoc, text: Text) -> StateField:
+    return StateField(
+        optimizer=text(document.optimizer),
+        state_class=text(document.state_class),
+        ordinal=document.ordinal,
+        field=text(document.field),
+        labels=tuple(map(text, document.labels)),
+        path=tuple(map(text, document.path)),
+        suffix=tuple(map(text, document.suffix)),
+        is_slot=document.is_slot,
+    )
+
+
+def _structure(
+    document: GraphDoc, leaves: int, text: Text, where: str, problems: Problems
+) -> Structure | None:
+    """Builds the tree bottom up from its preorder: from the last row back, children stand on the stack."""
+    if _depth(document.structure) > MAX_DEPTH:
+        problems.append(f"{where}.structure: deeper than {MAX_DEPTH} levels")
+        return None
+    order = [row for row in document.structure if isinstance(row, int)]
+    if order != list(range(leaves)):
+        problems.append(f"{where}.structure: does not hold each of the {leaves} leaves once, in order")
+        return None
+    known: dict[tuple[str, ...], Name] = {}
+    stack: list[Structure] = []
+    for i in range(len(document.structure) - 1, -1, -1):
+        row = document.structure[i]
+        if isinstance(row, int):
+            stack.append(Structure(type="leaf", leaf=row))
+            continue
+        type_, cls, static, count, rows = row
+        names = [_name(parts, text, known) for parts in rows]
+        wrong = type_ == "leaf" or (type_ == "none" and count) or len(names) != count or None in names
+        if wrong or not 0 <= count <= len(stack):
+            problems.append(f"{where}.structure[{i}]: its names and children do not fit")
+            return None
+        children = tuple(stack[len(stack) - count :][::-1])
+        del stack[len(stack) - count :]
+        stack.append(
+            Structure(
+                type=type_,
+                cls=text(cls),
+                static=static,
+                names=tuple(name for name in names if name is not None),
+                children=children,
+            )
+        )
+    if len(stack) != 1:
+        problems.append(f"{where}.structure: is not one tree")
+        return None
+    return stack[0]
+
+
+def _depth(rows: Sequence[int | StructureRow]) -> int:
+    """The depth of a tree in preorder; what does not add up is found by whoever builds it."""
+    open_: list[int] = []
+    deepest = 0
+    for row in rows:
+        while open_ and open_[-1] == 0:
+            open_.pop()
+        if open_:
+            open_[-1] -= 1
+        if not isinstance(row, int):
+            open_.append(max(0, row[3]))
+            deepest = max(deepest, len(open_))
+            if deepest > MAX_DEPTH:
+                break
+    return deepest
+
+
+def _name(parts: list[str], text: Text, known: dict[tuple[str, ...], Name]) -> Name | None:
+    key = tuple(parts)
+    name = known.get(key)
+    if name is None and len(parts) in (2, 3) and parts[1] in _KEY_TYPES:
+        type_: Any = parts[1]
+        name = known[key] = Name(
+            name=text(parts[0]), type=type_, text=text(parts[-1] if len(parts) == 3 else parts[0])
+        )
+    return name

@@ -1,0 +1,221 @@
+"""One manager's directory: what is in it, who writes to it, what goes. Acts on what pure functions decide."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from jaxckpt.errors import (
+    CheckpointNotFoundError,
+    CheckpointWarning,
+    CorruptCheckpointError,
+    DirectoryInUseError,
+)
+from jaxckpt.storage import directory as directories
+from jaxckpt.storage import pins, state
+from jaxckpt.storage.heartbeat import Watch
+from jaxckpt.storage.lease import Lease
+from jaxckpt.storage.retention import CheckpointInfo, Policy, removable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from jaxckpt.storage.state import Row, State
+
+
+class Ledger:
+    """A directory as a manager sees it and acts on it. Safe to share among threads.
+
+    Args:
+        directory: as paths in answers begin.
+        name: of checkpoints, before their number.
+        policy: what is kept.
+        drain: returns when no save of the manager is under way.
+
+    Attributes:
+        root: the directory's absolute path: a later chdir must not move a run.
+        lease: of the directory.
+    """
+
+    def __init__(self, directory: str, *, name: str, policy: Policy, drain: Callable[[], None]) -> None:
+        self.directory = directory
+        self.root = os.path.abspath(directory)
+        self.lease = Lease(self.root, drain=drain)
+        self._name = name
+        self._policy = policy
+        self._watch = Watch()
+        self._pid = os.getpid()
+        self._acting = threading.Lock()  # the state file and deletions; taken before the other
+        self._looking = threading.Lock()
+        self._known: State | None = None
+
+    @property
+    def is_child(self) -> bool:
+        """Whether this is a process that was forked with the ledger in its memory."""
+        return os.getpid() != self._pid
+
+    def view(self) -> State:
+        """What the directory holds now."""
+        if self.is_child:  # a thread of the parent may have held the lock
+            return state.view(self.root)
+        with self._looking:
+            self._known = state.view(self.root) if self._known is None else state.scan(self.root, self._known)
+            return self._known
+
+    def candidates(self) -> list[Row]:
+        """What can be the newest, oldest commit first: the numbered ones of this name.
+
+        Only where there is none of them (a run that was renamed) all others: finding nothing would mean
+        starting anew in silence.
+        """
+        rows = self.view().rows
+        return [row for row in rows if self.step(row) is not None] or list(rows)
+
+    def path(self, row: Row) -> str:
+        return os.path.join(self.directory, row.name)
+
+    def step(self, row: Row) -> int | None:
+        return state.number_of(row.name, self._name)
+
+    def name_of(self, step: int) -> str:
+        return f"{self._name}-{step}"
+
+    def find(self, step: int) -> Row:
+        """The checkpoint of a step.
+
+        Raises:
+            CheckpointNotFoundError: there is none; the message lists the steps that exist.
+        """
+        rows = self.view().rows
+        for row in rows:
+            if row.name == self.name_of(step):
+                return row
+        steps = sorted(number for row in rows if (number := self.step(row)) is not None)
+        there = f"the steps there are {', '.join(map(str, steps))}" if steps else "it has no steps"
+        raise CheckpointNotFoundError(f"{self.directory} has no checkpoint of step {step}; {there}")
+
+    def owns(self, row: Row) -> bool:
+        """Whether a manager of this name wrote it: not by hand, and no copy of one under another name."""
+        return row.writer == "manager" and row.name == f"{self._name}-{row.step}"
+
+    def infos(self) -> list[CheckpointInfo]:
+        """What is told of each checkpoint, oldest commit first."""
+        pinned = pins.pinned(self.root)
+        return [self._info(row, row.name in pinned) for row in self.view().rows]
+
+    def info(self, step: int) -> CheckpointInfo:
+        """What is told of the checkpoint of a step.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            CorruptCheckpointError: its manifest is damaged.
+            UnsupportedFormatError: it is a later release's.
+        """
+        row = self.find(step)
+        if row.unsupported:
+            row = state.read_row(os.path.join(self.root, row.name))  # raises
+        if row.damage:
+            raise CorruptCheckpointError(row.damage, files=(state.MANIFEST,))
+        return self._info(row, row.name in pins.pinned(self.root))
+
+    def claim(self) -> bool:
+        """Takes the directory's lease, and sweeps what dead writers have left.
+
+        Returns:
+            Whether it was not held before.
+
+        Raises:
+            DirectoryInUseError: another live process holds it.
+            UnsupportedFormatError: the directory is TensorFlow's, or a later release's.
+            SaveError: the file system refuses.
+        """
+        if self.lease.held:
+            return False
+        state.check_ours(self.root)
+        with directories.saving(self.root):
+            self.lease.acquire()
+            with self._looking:
+                self._known = None  # others may have been here since
+            directories.sweep(self.root)
+        return True
+
+    def next_number(self, pending: Iterable[int]) -> int:
+        """One more than the highest number ever used, saves under way included."""
+        known = self._known or self.view()
+        try:
+            names = os.listdir(self.root)
+        except FileNotFoundError:
+            names = []
+        return state.next_number(known, names, self._name, pending)
+
+    def next_sequence(self) -> int:
+        """The place of a checkpoint that is committed now."""
+        return self.view().sequence + 1
+
+    def committed(self) -> None:
+        """To be called when a new checkpoint is durable: writes the state file, and lets the old ones go."""
+        with self._acting:
+            self._store()
+            if self._policy.max_to_keep is not None and self._prune():
+                self._store()
+
+    def remove(self, row: Row) -> None:
+        """Deletes a checkpoint.
+
+        Raises:
+            DirectoryInUseError: a reader holds it.
+        """
+        with self._acting:
+            if not pins.remove(self.root, row.name, is_kept=lambda: self._is_kept(row.name)):
+                raise DirectoryInUseError(
+                    f"{self.path(row)} is held by a reader, or was pinned just now, and was not deleted"
+                )
+            self._store()
+
+    def _info(self, row: Row, pinned: bool) -> CheckpointInfo:
+        return CheckpointInfo(
+            path=self.path(row),
+            step=self.step(row),
+            sequence=row.sequence or 0,
+            time=row.time,
+            metrics=MappingProxyType(dict(row.metrics)),
+            metadata=row.metadata,
+            nbytes=row.nbytes,
+            nbytes_shared=row.nbytes_shared,
+            pinned=pinned,
+        )
+
+    def _store(self) -> None:
+        try:
+            state.store(self.root, self.view())
+        except OSError as error:
+            # A full disk, mostly. It is a cache, and the deletions to come make room.
+            warnings.warn(f"the state file was not written: {error}", CheckpointWarning, stacklevel=2)
+
+    def _prune(self) -> bool:
+        """Deletes what goes; returns whether anything did."""
+        rows = self.view().rows
+        owned = {self.path(row) for row in rows if self.owns(row)}
+        held = {os.path.join(self.directory, name) for name in pins.held(self.root, self._watch)}
+        gone = False
+        for info in removable(self.infos(), self._policy, owned=owned, held=held):
+            name = os.path.basename(info.path)
+            try:
+                gone |= pins.remove(self.root, name, is_kept=lambda name=name: self._is_kept(name))
+            except FileNotFoundError:
+                gone = True  # somebody else removed it
+            except OSError as error:
+                warnings.warn(f"{info.path} could not be deleted: {error}", CheckpointWarning, stacklevel=2)
+        return gone
+
+    def _is_kept(self, name: str) -> bool:
+        return name in pins.pinned(self.root) or name in pins.held(self.root, self._watch)
+
+
+def later(rows: Sequence[Row], row: Row) -> list[Row]:
+    """Those that were committed after ``row``; rows are in the order of commits."""
+    names = [other.name for other in rows]
+    return list(rows[names.index(row.name) + 1 :]) if row.name in names else []

@@ -1,0 +1,170 @@
+"""An opened checkpoint: its manifest, and its values by leaf. Pure but for reading files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
+from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
+from jaxckpt.storage import manifest as manifests
+from jaxckpt.storage.chunks import ChunkTable, digest
+from jaxckpt.storage.dtypes import numpy_dtype
+from jaxckpt.storage.layout import Entry, bytes_value, names
+from jaxckpt.storage.orbax_files import CHECKPOINT_METADATA, is_ours
+from jaxckpt.storage.values import Request, ValueReader
+
+Owner = tuple[int, ...]
+
+
+class OpenCheckpoint:
+    """A checkpoint's manifest and chunk tables, checked, and its data files, open.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Attributes:
+        path: the same, absolute.
+        manifest: what it holds.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CorruptCheckpointError: it is not what was written.
+        UnsupportedFormatError: it is no checkpoint of ours, or of a later release.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.manifest = manifests.decode(read_manifest(self.path), os.path.join(self.path, manifests.NAME))
+        entries, graph = self.manifest.entries, self.manifest.graph
+        tables = [self._table(name, expected) for name, expected in self.manifest.files.tables.items()]
+        self._values = ValueReader(self.path, tables, [names(graph, entry) for entry in entries])
+        self._entries: dict[Owner, int] = {}
+        for index, entry in enumerate(entries):
+            self._entries[entry.owner] = index
+            self._entries.update(dict.fromkeys(((alias,) for alias in entry.aliases), index))
+
+    @property
+    def graph(self) -> ObjectGraph:
+        """The named graph."""
+        return self.manifest.graph
+
+    def read(self, leaves: Sequence[int]) -> list[Any]:
+        """The values of leaves: numpy arrays of their own memory, Python values, iterators' states.
+
+        Raises:
+            CorruptCheckpointError: what was read is not what was written; names the leaves.
+        """
+        owners: list[Owner] = []
+        for leaf in leaves:
+            owners += _owners(self.graph, (leaf,))
+        stored = dict.fromkeys(owner for owner in owners if owner in self._entries)
+        requests = [self._request(self._entries[owner]) for owner in stored]
+        read = dict(zip(stored, self._values.read_many(requests), strict=True))
+        return [_value(self.graph, (leaf,), read) for leaf in leaves]
+
+    def nbytes(self, leaf: int) -> int:
+        """Bytes that reading a leaf takes; Python values in the manifest take none."""
+        found = [self._entries[owner] for owner in _owners(self.graph, (leaf,)) if owner in self._entries]
+        return sum(_nbytes(self.manifest.entries[index]) for index in found)
+
+    def digest(self, leaf: int) -> Any:
+        """Equal for two leaves whose stored arrays are equal and laid out alike."""
+        index = self._entries.get((leaf,))
+        if index is None:
+            return leaf
+        entry = self.manifest.entries[index]
+        return entry.dtype, entry.shape, entry.chunk_shape, self.manifest.digests[index]
+
+    def close(self) -> None:
+        """Closes the data files."""
+        self._values.close()
+
+    def _table(self, name: str, expected: bytes) -> ChunkTable:
+        path = os.path.join(self.path, name)
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(f"{path} is missing", files=[name]) from error
+        if digest(data) != expected:
+            raise CorruptCheckpointError(
+                f"{path} is damaged: its digest does not fit its bytes", files=[name]
+            )
+        return ChunkTable.decode(data, path)
+
+    def _request(self, index: int) -> Request:
+        entry = self.manifest.entries[index]
+        return Request(
+            entry=index, chunk_shape=entry.chunk_shape, shape=entry.shape, dtype=numpy_dtype(entry.dtype)
+        )
+
+
+def read_manifest(path: str) -> bytes:
+    """The bytes of a checkpoint's manifest.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CorruptCheckpointError: a checkpoint of ours has lost it.
+        UnsupportedFormatError: what is there is no checkpoint of ours.
+    """
+    try:
+        with open(os.path.join(path, manifests.NAME), "rb") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.lexists(path):
+            raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
+        if os.path.isdir(path) and is_ours(
+            os.listdir(path), _optional(os.path.join(path, CHECKPOINT_METADATA))
+        ):
+            message = f"{path} has lost its {manifests.NAME}, which says what its files hold"
+            raise CorruptCheckpointError(message, files=[manifests.NAME]) from error
+        raise UnsupportedFormatError(f"{path} is no checkpoint that this release reads") from error
+
+
+def _optional(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _nbytes(entry: Entry) -> int:
+    return math.prod(entry.shape) * numpy_dtype(entry.dtype).itemsize
+
+
+def _owners(graph: ObjectGraph, owner: Owner) -> list[Owner]:
+    """The leaf itself, and all leaves of an iterator's state."""
+    spec = graph.leaves[owner[-1]].spec
+    if not isinstance(spec, IteratorSpec) or spec.state is None:
+        return [owner]
+    found: list[Owner] = []
+    for index in range(len(spec.state.leaves)):
+        found += _owners(spec.state, (*owner, index))
+    return found
+
+
+def _value(graph: ObjectGraph, owner: Owner, read: dict[Owner, Any]) -> Any:
+    spec = graph.leaves[owner[-1]].spec
+    if isinstance(spec, IteratorSpec) and spec.state is not None:
+        from jaxckpt.graph.rebuild import rebuild  # needs jax, which a reader otherwise does without
+
+        state = spec.state
+        return rebuild(state, [_as_saved(state, (*owner, i), read) for i in range(len(state.leaves))])
+    if isinstance(spec, ValueSpec):
+        return spec.value if owner not in read else bytes_value(spec.type, read[owner].tobytes())
+    return read[owner]
+
+
+def _as_saved(state: ObjectGraph, owner: Owner, read: dict[Owner, Any]) -> Any:
+    """A value inside an iterator's state: numpy for every array, a scalar for a numpy scalar."""
+    value = _value(state, owner, read)
+    spec = state.leaves[owner[-1]].spec
+    if isinstance(spec, ArraySpec) and spec.array_type == "scalar":
+        return np.asarray(value)[()]
+    return value

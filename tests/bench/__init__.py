@@ -1,0 +1,1 @@
+"""Comparisons with other checkpointers: states (`workloads`), who saves them (`peers`), the measuring (`run`)."""
