@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from jaxckpt.reader import list_variables as list_variables
     from jaxckpt.reader import load_checkpoint as load_checkpoint
     from jaxckpt.report import SaveReport as SaveReport
-    from jaxckpt.restore import restore as restore
+    from jaxckpt.restoring import restore as restore
     from jaxckpt.restored import Restored as Restored
-    from jaxckpt.save import save as save
-    from jaxckpt.save import save_async as save_async
+    from jaxckpt.saving import save as save
+    from jaxckpt.saving import save_async as save_async
     from jaxckpt.storage.retention import CheckpointInfo as CheckpointInfo
     from jaxckpt.writer import SaveFuture as SaveFuture
 
@@ -77,9 +77,9 @@ _HOMES = {
     "manager": ["CheckpointManager"],
     "reader": ["CheckpointReader", "list_variables", "load_checkpoint"],
     "report": ["SaveReport"],
-    "restore": ["restore"],
+    "restoring": ["restore"],
     "restored": ["Restored"],
-    "save": ["save", "save_async"],
+    "saving": ["save", "save_async"],
     "storage.retention": ["CheckpointInfo"],
     "writer": ["SaveFuture"],
 }

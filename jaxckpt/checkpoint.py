@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
 
-from jaxckpt.graph.flatten import child_names
+from jaxckpt.graph.boxes import CHECKPOINT
+from jaxckpt.graph.model import Structure
+from jaxckpt.graph.rebuild import known_classes
+from jaxckpt.graph.walk import child_names
 from jaxckpt.numbered import save_numbered
-from jaxckpt.restore import restore
+from jaxckpt.restoring import restore
 from jaxckpt.restored import Restored
-from jaxckpt.save import save
+from jaxckpt.saving import save
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -122,5 +125,16 @@ class Checkpoint:
 def _rebuild(root: Any, edges: dict[str, Any]) -> Checkpoint:
     return Checkpoint(root, **edges)
 
+
+def _from_structure(structure: Structure, children: Sequence[Any]) -> Checkpoint:
+    """The Checkpoint that a saved structure describes."""
+    edges = {name.text: child for name, child in zip(structure.names, children, strict=True)}
+    root = edges.pop("_root", None)
+    result = Checkpoint(root)
+    object.__setattr__(result, "_edges", edges)
+    return result
+
+
+known_classes[CHECKPOINT] = _from_structure
 
 _RESERVED = frozenset(name for name in dir(Checkpoint) if not name.startswith("__")) | {"_edges", "_root"}

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from jaxckpt import initialize, listing
 from jaxckpt.cadence import LastSave, SaveEvery, as_step, check_rule, is_due, refuse_integer
 from jaxckpt.errors import CheckpointExistsError, DirectoryInUseError, NewerCheckpointsWarning
-from jaxckpt.restore import Restored, restore
-from jaxckpt.save import Order, submit
+from jaxckpt.restoring import Restored, restore
+from jaxckpt.saving import Order, submit
 from jaxckpt.storage import pins, retention, state
 from jaxckpt.storage.ledger import Ledger, later
 from jaxckpt.storage.retention import CheckpointInfo as CheckpointInfo

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from jaxckpt.errors import CheckpointExistsError
-from jaxckpt.save import Order, submit
+from jaxckpt.saving import Order, submit
 from jaxckpt.storage import directory as directories
 from jaxckpt.storage import state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 Report = Callable[[int, int], object]
@@ -11,7 +11,7 @@ Progress = Report | bool | None
 
 
 @contextmanager
-def shown(progress: Progress, title: str) -> Iterator[Report]:
+def shown(progress: Progress, title: str) -> Generator[Report]:
     """Yields what to call with (bytes done, bytes in all).
 
     Args:
@@ -27,6 +27,10 @@ def shown(progress: Progress, title: str) -> Iterator[Report]:
         columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            yield show
     else:
         yield lambda done, total: None

@@ -103,7 +103,7 @@ class CheckpointReader(Mapping[str, Any]):
         Raises:
             RestoreError: a leaf of the target has another kind, shape or dtype.
         """
-        from jaxckpt.restore import match_target  # needs jax, which a reader otherwise does without
+        from jaxckpt.restoring import match_target  # needs jax, which a reader otherwise does without
 
         return match_target(self, target, **rules)
 

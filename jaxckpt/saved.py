@@ -98,7 +98,9 @@ def _model(leaf: Leaf, sharding: Where) -> tuple[LeafSpec, Any]:
     spec = leaf.spec
     if not isinstance(spec, ArraySpec) or spec.array_type not in ("jax", "key"):
         return spec, None
-    if sharding is np.ndarray or (_is_64_bit(spec) and not jax.config.jax_enable_x64):
+    # While x64 is off JAX would halve a 64-bit array; numpy keeps it whole.
+    dtype = numpy_dtype(spec.dtype)
+    if sharding is np.ndarray or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         plain = ArraySpec(shape=spec.stored_shape, dtype=spec.dtype, array_type="numpy")
         return plain, None
     return spec, abstract(leaf.key, spec, sharding)
@@ -130,6 +132,3 @@ def abstract(key: str, spec: ArraySpec, sharding: Where) -> jax.ShapeDtypeStruct
         )
     return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where, weak_type=spec.weak_type)
 
-
-def _is_64_bit(spec: ArraySpec) -> bool:
-    return spec.dtype in ("int64", "uint64", "float64", "complex128")

@@ -175,7 +175,7 @@ def _report_at_exit() -> None:
 
 
 def _run_exit_handlers() -> Any:
-    return atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    return atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
 
 
 atexit.register(_report_at_exit)

@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "report"],
     ["graph"],
     ["storage"],
-    ["progress", "writer", "listing", "save", "numbered", "reader", "convert", "initialize", "fill", "restored", "saved", "restore"],
+    ["progress", "writer", "listing", "saving", "numbered", "reader", "convert", "initialize", "fill", "restored", "saved", "restoring"],
     ["cadence", "checkpoint", "manager"],
     ["cli", "demo"],
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -72,6 +73,12 @@ REFACTORS = {
 }  # fmt: skip
 
 
+@functools.cache
+def saved_by(name):
+    """Its state after four steps."""
+    return trained(REFACTORS[name].optimizer, steps=4)
+
+
 def moments(state):
     """Moments by parameter, and counts, of every adam in a state."""
     found: dict[str, np.ndarray] = {}
@@ -121,7 +128,7 @@ def test_to(tmp_path, name):
 def test_from(tmp_path, name):
     """The other chain was saved, the program has plain adam."""
     refactor = REFACTORS[name]
-    saved, target = trained(refactor.optimizer, steps=4), fresh(ADAM)
+    saved, target = saved_by(name), fresh(ADAM)
     jaxckpt.save(tmp_path / "c", saved)
     before, counts = moments(saved["optimizer"])
     lost = len(moments(target["optimizer"])[0]) - len(before)  # moments that a part has not got
@@ -159,7 +166,7 @@ BETWEEN = [
 @pytest.mark.parametrize(("one", "other"), BETWEEN)
 def test_between(tmp_path, one, other):
     """Two chains neither of which is plain adam."""
-    saved, target = trained(REFACTORS[one].optimizer, steps=4), fresh(REFACTORS[other].optimizer)
+    saved, target = saved_by(one), fresh(REFACTORS[other].optimizer)
     jaxckpt.save(tmp_path / "c", saved)
     got, status = jaxckpt.restore(tmp_path / "c", target, partial=True)
     before, counts = moments(saved["optimizer"])
@@ -174,7 +181,7 @@ def test_between(tmp_path, one, other):
 @pytest.mark.parametrize("name", REFACTORS)
 def test_no_change(tmp_path, name):
     """The same program: everything, whatever the chain."""
-    saved = trained(REFACTORS[name].optimizer, steps=2)
+    saved = saved_by(name)
     jaxckpt.save(tmp_path / "c", saved)
     got = jaxckpt.restore(tmp_path / "c", fresh(REFACTORS[name].optimizer))
     got.assert_consumed().assert_existing_objects_matched()

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import jaxckpt
-from jaxckpt import save as save_module
+from jaxckpt import saving as save_module
 from jaxckpt.storage import directory
 
 
@@ -29,7 +29,7 @@ def test_the_report_says_what_was_done(tmp_path):
     assert report.not_saved == ("f",)
     assert report.nbytes == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert 0 <= report.seconds_blocked <= report.seconds
-    assert list(report.stages) == ["flatten", "snapshot", "write", "digest", "manifest", "commit"]
+    assert list(report.stages) == ["flatten", "wait", "snapshot", "queue", "digest", "write", "manifest", "commit"]
 
 
 def test_slots_without_their_parameters_are_left_out_and_said(tmp_path):
@@ -84,7 +84,7 @@ def test_donation_and_scribbling_cannot_reach_the_checkpoint(tmp_path):
         donate(tree["w"]).block_until_ready()
         tree["small"].delete()
         host[:] = -1
-        ref[...] = -1.0
+        ref[...] = jnp.full(10, -1.0)
         tree["l"].append(3)
         tree.clear()
         future.result()
@@ -165,7 +165,7 @@ def test_metadata_is_kept_and_never_matched(tmp_path):
     metadata = {"config": {"depth": 2, "lr": 3e-4, "names": ["a", None, True]}, "nan": float("inf")}
     jaxckpt.save(tmp_path / "a", {"x": 1}, metadata=metadata)
     assert jaxckpt.load_checkpoint(tmp_path / "a").metadata == metadata
-    jaxckpt.restore(tmp_path / "a", {"x": 1}).assert_consumed()
+    jaxckpt.restore(tmp_path / "a", {"x": 1}).status.assert_consumed()
     with pytest.raises(TypeError, match="metadata"):
         jaxckpt.save(tmp_path / "b", {"x": 1}, metadata={"x": jnp.ones(2)})
 
@@ -217,7 +217,7 @@ before = set(sys.modules)
 import jaxckpt
 with tempfile.TemporaryDirectory() as d:
     start = time.perf_counter()
-    from jaxckpt.save import save
+    from jaxckpt.saving import save
     spent = time.perf_counter() - start
     save(d + "/a", {"x": np.ones(2)})
 print(spent, sorted({m.split(".")[0] for m in set(sys.modules) - before} & {"optax", "flax", "grain", "rich"}))

@@ -162,7 +162,7 @@ def test_a_failure_that_nobody_saw_ends_in_a_non_zero_exit_and_one_line(tmp_path
     path.mkdir()
     code = f"""
     import shutil, threading, jax.numpy as jnp, jaxckpt
-    from jaxckpt import save
+    from jaxckpt import saving as save
     def fail(*_): raise OSError("the disk is gone")
     save.submit({{"w": jnp.ones(3)}}, save.Order(path={str(path / "a")!r}, before_commit=fail))
     print("main ends", flush=True)
@@ -180,7 +180,7 @@ def test_a_failure_that_nobody_saw_ends_in_a_non_zero_exit_and_one_line(tmp_path
 def test_a_failure_that_was_seen_does_not_change_the_exit_code(tmp_path):
     code = f"""
     import jax.numpy as jnp, jaxckpt
-    from jaxckpt import save
+    from jaxckpt import saving as save
     def fail(*_): raise OSError("the disk is gone")
     future = save.submit({{"w": jnp.ones(3)}}, save.Order(path={str(tmp_path / "a")!r}, before_commit=fail))
     assert isinstance(future.exception(), OSError)
@@ -193,7 +193,7 @@ def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
     code = f"""
     import os, time, warnings, jax.numpy as jnp, numpy as np, jaxckpt
     warnings.simplefilter("ignore")  # jax warns about every fork
-    from jaxckpt import save
+    from jaxckpt import saving as save
     path = {str(tmp_path / "a")!r}
     def slow(): time.sleep(1.0)
     future = save.submit({{"w": jnp.ones(3)}}, save.Order(path=path, before_commit=slow))

@@ -117,9 +117,10 @@ def absent(names: Names, index: int, leaf: Leaf) -> Finding | None:
         if source is not None:
             saved = names.placed.leaves[source]
             assert saved is not None
-            return Finding(index, upper, "kind", str(saved.spec), below, source=source)
+            hint = f"fresh=({upper!r},) keeps the target's own"
+            return Finding(index, upper, "kind", str(saved.spec), below, hint, source=source)
         if found is not None and found.type == "none":
-            hint = f"rename={{{_seen(names, theirs)!r}: None}} with partial=({upper!r},) starts it afresh"
+            hint = f"fresh=({upper!r},) keeps the target's own"
             return Finding(index, upper, "kind", "None", below, hint)
         if theirs in names.above:
             break

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
@@ -25,6 +24,9 @@ from jaxckpt.graph.signature import signature
 from jaxckpt.graph.slots import place
 from jaxckpt.graph.walk import child_names as child_names
 from jaxckpt.graph.walk import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 #: Structures whose names are remembered.
 _MAX_GRAPHS = 32
@@ -120,7 +122,9 @@ def _classify(
             kinds.append(Kind(SkippedSpec(), -1))
     if failed:
         walked = walk(tree, prefix)
-        places = place(walked.structure, [kind.spec for kind in kinds], walked.of, optimizers=optimizers).leaves
+        places = place(
+            walked.structure, [kind.spec for kind in kinds], walked.of, optimizers=optimizers
+        ).leaves
         lines = [f"{join(prefix, places[index].key)}: {reason}" for index, reason in failed.items()]
         if len(lines) > _MAX_LISTED:
             lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more"]
@@ -168,7 +172,9 @@ def _graph(
     seen: set[str] = set()
     for each in places.leaves:
         if each.key in seen:
-            raise UnsupportedLeafError(f"{join(prefix, each.key)}: two leaves have this key; rename one of them")
+            raise UnsupportedLeafError(
+                f"{join(prefix, each.key)}: two leaves have this key; rename one of them"
+            )
         seen.add(each.key)
     if not target:
         specs = skip_orphans(specs, places)
@@ -199,9 +205,11 @@ def _fill(
         leaf = leaves[index]
         spec = leaf.spec
         if isinstance(spec, ValueSpec):
-            spec = ValueSpec(type=spec.type, value=cast(Any, values[index]))
+            spec = ValueSpec(type=spec.type, value=cast("Any", values[index]))
         elif isinstance(spec, IteratorSpec) and not target:
-            states[index] = states[first[index]] if index in first else _state(values[index], leaf.key, prefix)
+            states[index] = (
+                states[first[index]] if index in first else _state(values[index], leaf.key, prefix)
+            )
             spec = IteratorSpec(state=states[index].graph)
         leaves[index] = Leaf(
             key=leaf.key, node=leaf.node, spec=spec, state=leaf.state, variable=leaf.variable
@@ -217,8 +225,11 @@ def _fill(
 
 
 def _state(iterator: object, key: str, prefix: str) -> Flat:
-    """An iterator's state, asked for once. Its containers are taken apart here, so a later change of
-    one cannot reach the checkpoint; the arrays in it are copied with those of the tree."""
+    """An iterator's state, asked for once.
+
+    Its containers are taken apart here, so that a later change of one cannot reach the checkpoint; the
+    arrays in it are copied with those of the tree.
+    """
     assert is_iterator(iterator)
     state = iterator_state(iterator)
     return _flatten(state, target=False, prefix=join(prefix, key), optimizers=False)

@@ -42,7 +42,7 @@ def grow(tree: Any, names: Sequence[str], value: Any, at: str = "") -> Any:
         return _merge(tree, value, at)
     name, rest = names[0], names[1:]
     here = join(at, name)
-    if _is_vacant(tree):
+    if tree is None:
         return {unescape(name): grow(None, rest, value, here)}
     if isinstance(tree, Mapping):
         found: Any = next((key for key in tree if escape(str(key)) == name), unescape(name))
@@ -52,12 +52,8 @@ def grow(tree: Any, names: Sequence[str], value: Any, at: str = "") -> Any:
     return _with_attribute(tree, name, rest, value, here, at)
 
 
-def _is_vacant(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping | list | tuple) and not value)
-
-
 def _merge(old: Any, new: Any, at: str) -> Any:
-    if _is_vacant(old):
+    if old is None or (isinstance(old, Mapping | list | tuple) and not old):
         return new
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         result: Any = old
@@ -97,6 +93,7 @@ def _with_attribute(tree: Any, name: str, rest: Sequence[str], value: Any, here:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         if field in {f.name for f in dataclasses.fields(tree)}:
             return dataclasses.replace(tree, **{field: grown})
-    elif callable(getattr(tree, "replace", None)):
-        return tree.replace(**{field: grown})  # a `Checkpoint`
+    elif hasattr(tree, "replace"):
+        edges: Any = tree  # a `Checkpoint`
+        return edges.replace(**{field: grown})
     raise ValueError(f"{here}: {join(at)} is a {type(tree).__name__}, which cannot take another child")

@@ -17,10 +17,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from jaxckpt.graph.model import ArraySpec, CallableSpec, IteratorSpec, LeafSpec, Sharding, SkippedSpec, ValueSpec
+from jaxckpt.graph.model import (
+    ArraySpec,
+    CallableSpec,
+    IteratorSpec,
+    LeafSpec,
+    Sharding,
+    SkippedSpec,
+    ValueSpec,
+)
 
 #: More kinds of leaf than this are not remembered: shapes that change with every save must not pile up.
 _MAX_KNOWN = 65_536
@@ -51,7 +61,9 @@ _tokens = itertools.count()
 _known: dict[object, Kind] = {}
 
 
-def _kind(signature: object, make: Callable[[], LeafSpec], *, shares: bool = False, fill: bool = False) -> Kind:
+def _kind(
+    signature: object, make: Callable[[], LeafSpec], *, shares: bool = False, fill: bool = False
+) -> Kind:
     kind = _known.get(signature)
     if kind is None:
         if len(_known) >= _MAX_KNOWN:
@@ -114,16 +126,14 @@ def describe_sharding(sharding: Any, shape: tuple[int, ...]) -> Sharding | None:
 def _array_spec(value: Any, *, weak: bool = False, ref: bool = False, abstract: bool = False) -> ArraySpec:
     shape = tuple(value.shape)
     sharding = None if value.sharding is None else describe_sharding(value.sharding, shape)
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        plain = jax.ShapeDtypeStruct((), value.dtype)
-        bits = jax.eval_shape(jax.random.key_data, plain)
-        impl = jax.random.key_impl(cast(Any, plain))
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        impl, bits = _key_impl(value.dtype)
         return ArraySpec(
             shape=shape,
             dtype=dtype_name(np.dtype(bits.dtype)),
             array_type="key",
             ref=ref,
-            impl=impl if isinstance(impl, str) else str(getattr(impl, "name", impl)),
+            impl=impl,
             key_shape=tuple(bits.shape),
             sharding=sharding,
             abstract=abstract,
@@ -140,9 +150,24 @@ def _array_spec(value: Any, *, weak: bool = False, ref: bool = False, abstract: 
     )
 
 
+def _key_impl(dtype: Any) -> tuple[str, jax.ShapeDtypeStruct]:
+    """Name of a key dtype's implementation, and the bits of one key. JAX tells the name of arrays only."""
+    names: list[Any] = []
+
+    def look(key: jax.Array) -> jax.Array:
+        names.append(jax.random.key_impl(key))
+        return jax.random.key_data(key)
+
+    bits = jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
+    (impl,) = names
+    return impl if isinstance(impl, str) else str(getattr(impl, "name", impl)), bits
+
+
 def _check_dtype(dtype: np.dtype[Any]) -> None:
     if dtype.kind == "O":
-        raise UnsavableError("an object array holds arbitrary Python objects; make it a list, or give it a dtype")
+        raise UnsavableError(
+            "an object array holds arbitrary Python objects; make it a list, or give it a dtype"
+        )
     if dtype.kind == "V" and issubclass(dtype.type, np.void):
         raise UnsavableError(
             f"an array of the structured dtype {dtype}; save its fields as separate arrays, such as in a dict"
@@ -156,7 +181,8 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
 def _jax_array(value: Any, target: bool) -> Kind:
     if not target and value.is_deleted():
         raise UnsavableError(
-            "the array has been deleted (donated to a jitted function?); save the array that the function returned"
+            "the array has been deleted (donated to a jitted function?); "
+            "save the array that the function returned"
         )
     sharding = value.sharding
     signature = (value.aval, sharding)
@@ -168,27 +194,29 @@ def _jax_array(value: Any, target: bool) -> Kind:
     return _kind(signature, lambda: _array_spec(value, weak=weak), shares=True)
 
 
-def _tracer(value: Any, target: bool) -> Kind:
+def _tracer(_value: Any, _target: bool) -> Kind:
     raise UnsavableError(
         "a tracer has no value: this runs inside jit, grad, vmap or the like. "
         "Call it outside of the transformed function, on its results"
     )
 
 
-def _ref(value: Any, target: bool) -> Kind:
+def _ref(value: Any, _target: bool) -> Kind:
     signature = ("ref", value.shape, value.dtype, value.sharding)
     return _kind(signature, lambda: _array_spec(value, ref=True), shares=True)
 
 
 def _abstract(value: Any, target: bool) -> Kind:
     if not target:
-        raise UnsavableError("an abstract array (jax.ShapeDtypeStruct) has no values; save the arrays themselves")
+        raise UnsavableError(
+            "an abstract array (jax.ShapeDtypeStruct) has no values; save the arrays themselves"
+        )
     weak, ref = bool(value.weak_type), bool(getattr(value, "is_ref", False))
     signature = ("abstract", value.shape, value.dtype, weak, ref, value.sharding)
     return _kind(signature, lambda: _array_spec(value, weak=weak, ref=ref, abstract=True))
 
 
-def _numpy(value: Any, target: bool) -> Kind:
+def _numpy(value: Any, _target: bool) -> Kind:
     def make() -> ArraySpec:
         _check_dtype(value.dtype)
         return ArraySpec(shape=value.shape, dtype=dtype_name(value.dtype), array_type="numpy")
@@ -196,7 +224,7 @@ def _numpy(value: Any, target: bool) -> Kind:
     return _kind(("numpy", value.shape, value.dtype), make, shares=True)
 
 
-def _numpy_subclass(value: Any, target: bool) -> Kind:
+def _numpy_subclass(value: Any, _target: bool) -> Kind:
     if isinstance(value, np.ma.MaskedArray):
         raise UnsavableError("a masked array; save its .data and .mask as two arrays, or .filled(...)")
     raise UnsavableError(
@@ -205,7 +233,7 @@ def _numpy_subclass(value: Any, target: bool) -> Kind:
     )
 
 
-def _scalar(value: Any, target: bool) -> Kind:
+def _scalar(value: Any, _target: bool) -> Kind:
     def make() -> ArraySpec:
         _check_dtype(value.dtype)
         return ArraySpec(shape=(), dtype=dtype_name(value.dtype), array_type="scalar")
@@ -216,14 +244,16 @@ def _scalar(value: Any, target: bool) -> Kind:
 # ---- everything else ----
 
 
-def _python(value: Any, target: bool) -> Kind:
+def _python(value: Any, _target: bool) -> Kind:
     cls = type(value)
-    return _kind(("value", cls), lambda: ValueSpec(type=cast(Any, cls.__name__)), fill=True)
+    return _kind(("value", cls), lambda: ValueSpec(type=cast("Any", cls.__name__)), fill=True)
 
 
-def _ellipsis(value: Any, target: bool) -> Kind:
+def _ellipsis(_value: Any, target: bool) -> Kind:
     if not target:
-        raise UnsavableError("`...` means 'not asked for' in the target of a restore; leave it out of what is saved")
+        raise UnsavableError(
+            "`...` means 'not asked for' in the target of a restore; leave it out of what is saved"
+        )
     return _kind("skipped", SkippedSpec)
 
 
@@ -240,7 +270,7 @@ def iterator_state(value: Any) -> object:
     return value.get_state() if callable(getattr(value, "get_state", None)) else value.state_dict()
 
 
-def _iterator(value: Any, target: bool) -> Kind:
+def _iterator(_value: Any, _target: bool) -> Kind:
     return _kind("iterator", IteratorSpec, shares=True, fill=True)
 
 
@@ -252,7 +282,7 @@ class MissingFunction:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, *_args: object, **_kwargs: object) -> object:
         """Raises: a checkpoint holds the name of a function only."""
         raise RuntimeError(
             f"{self.name} is not part of the checkpoint, only its name is; restore into a target that has it"
@@ -276,7 +306,7 @@ def callable_name(value: Any) -> str:
     return f"{module}.{name}" if isinstance(module, str) else name
 
 
-def _callable(value: Any, target: bool) -> Kind:
+def _callable(value: Any, _target: bool) -> Kind:
     name = callable_name(value)
     return _kind(("callable", name), lambda: CallableSpec(name=name))
 
@@ -288,21 +318,30 @@ def _spell(cls: type) -> str:
 _REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
     ((enum.Enum,), "save its .value (the class would be lost)"),
     ((set, frozenset), "make it a sorted list or tuple"),
-    ((types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType), "use an iterator with get_state and set_state"),
+    (
+        (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType),
+        "use an iterator with get_state and set_state",
+    ),
     ((io.IOBase,), "save its path and position, and open it again"),
     ((np.random.Generator,), "save generator.bit_generator.state, a dict"),
     ((np.random.BitGenerator,), "save its .state, a dict"),
     ((random.Random,), "save its .getstate()"),
     ((bytearray, memoryview), "make it bytes"),
     ((range,), "make it a list, or save start, stop and step"),
-    ((datetime.date, datetime.time, datetime.timedelta), "use .isoformat(), or numpy.datetime64 or timedelta64"),
+    (
+        (datetime.date, datetime.time, datetime.timedelta),
+        "use .isoformat(), or numpy.datetime64 or timedelta64",
+    ),
     ((decimal.Decimal, fractions.Fraction, os.PathLike), "use str(...)"),
     ((bool, int, float, complex, str, bytes), "its type would be lost: convert it to the plain Python type"),
-    ((dict, list, tuple, Mapping), "jax does not know it as a container: register it as a pytree, or convert it"),
+    (
+        (dict, list, tuple, Mapping),
+        "jax does not know it as a container: register it as a pytree, or convert it",
+    ),
 )
 
 
-def _unsavable(value: Any, target: bool) -> Kind:
+def _unsavable(value: Any, _target: bool) -> Kind:
     cls = type(value)
     remedy = next((text for classes, text in _REMEDIES if isinstance(value, classes)), None)
     if remedy is None and hasattr(cls, "__dataclass_fields__"):
@@ -323,7 +362,7 @@ _Handler = Callable[[Any, bool], Kind]
 def _handler(value: object) -> _Handler:
     """Which of the above an object is for; the first that fits."""
     rules: tuple[tuple[bool, _Handler], ...] = (
-        (isinstance(value, jax.core.Tracer), _tracer),
+        (isinstance(value, Tracer), _tracer),
         (isinstance(value, jax.Array), _jax_array),
         (isinstance(value, jax.Ref), _ref),
         (isinstance(value, jax.ShapeDtypeStruct), _abstract),

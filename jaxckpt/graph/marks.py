@@ -41,7 +41,7 @@ class PerProcess:
 
 
 def _register(cls: type, field: str, static: str | None = None) -> None:
-    def with_keys(mark: Any) -> tuple[tuple[tuple[GetAttrKey, Any]], Any]:
+    def with_keys(mark: Any) -> Any:
         return ((GetAttrKey(field), getattr(mark, field)),), static and getattr(mark, static)
 
     def build(aux: Any, children: Any) -> Any:
@@ -56,4 +56,6 @@ _register(Values, "tree")
 _register(PerProcess, "value")
 
 #: Structure.cls of each mark.
-OPTIMIZER, VALUES, PER_PROCESS = (f"{cls.__module__}:{cls.__qualname__}" for cls in (Optimizer, Values, PerProcess))
+OPTIMIZER, VALUES, PER_PROCESS = (
+    f"{cls.__module__}:{cls.__qualname__}" for cls in (Optimizer, Values, PerProcess)
+)

@@ -2,87 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from jaxckpt.graph.model import ArraySpec, LeafSpec, Structure, ValueSpec, spell
+from jaxckpt.graph.model import ArraySpec, LeafSpec, ValueSpec
 
-_DICTS = frozenset(("dict", "OrderedDict", "defaultdict", "FrozenDict"))
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-
-@dataclass(slots=True, eq=False)
-class Tree:
-    """A position of the tree. Transparent steps are folded into the child that they hold.
-
-    Attributes:
-        structure: what is there.
-        path: escaped names from the root.
-        depth: how many.
-        leaves: how many leaves it has.
-        children: by name, in JAX's order.
-        marks: class names of the transparent containers around it, outermost first.
-    """
-
-    structure: Structure
-    path: tuple[str, ...]
-    leaves: int
-    children: dict[str, Tree] = field(default_factory=dict[str, "Tree"])
-    marks: tuple[str, ...] = ()
-
-    @property
-    def leaf(self) -> int:
-        return self.structure.leaf
-
-    @property
-    def is_leaf(self) -> bool:
-        return self.structure.type == "leaf"
-
-    @property
-    def is_dict(self) -> bool:
-        return self.structure.type in _DICTS
-
-    @property
-    def is_hole(self) -> bool:
-        """Whether it may stand for a parameter that is not there: None, or optax's MaskedNode."""
-        return self.structure.type == "none" or self.cls == "MaskedNode"
-
-    @property
-    def cls(self) -> str:
-        """The class's name, without its module."""
-        if self.structure.type == "none":
-            return "None"
-        return self.structure.cls.rpartition(":")[2].rpartition(".")[2] or self.structure.type
-
-    @property
-    def key(self) -> str:
-        return spell(self.path)
-
-    def filled(self) -> frozenset[str]:
-        """Names of the children that have leaves."""
-        return frozenset(name for name, child in self.children.items() if child.leaves)
-
-    def walk(self) -> Iterator[Tree]:
-        """It and everything below, parents first, in JAX's order."""
-        yield self
-        for child in self.children.values():
-            yield from child.walk()
-
-    def all_leaves(self) -> Iterator[Tree]:
-        return (tree for tree in self.walk() if tree.is_leaf)
-
-
-def grow(structure: Structure, path: tuple[str, ...] = (), marks: tuple[str, ...] = ()) -> Tree:
-    """The tree of a structure."""
-    if structure.type == "leaf":
-        return Tree(structure, path, 1, marks=marks)
-    if len(structure.names) == 1 and not structure.names[0].name:
-        return grow(structure.children[0], path, (*marks, structure.cls))
-    # The root of a Checkpoint stands under the empty name, at its parent's path.
-    children = {
-        name.name: grow(child, (*path, name.name) if name.name else path)
-        for name, child in zip(structure.names, structure.children, strict=True)
-    }
-    return Tree(structure, path, sum(child.leaves for child in children.values()), children, marks)
+    from jaxckpt.graph.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +82,9 @@ class Matcher:
             return None
         return found
 
-    def _match(self, found: Mirror, state: Tree, parameter: Tree, path: tuple[str, ...], *, lenient: bool) -> bool:
+    def _match(
+        self, found: Mirror, state: Tree, parameter: Tree, path: tuple[str, ...], *, lenient: bool
+    ) -> bool:
         if parameter.is_leaf:
             return self._match_leaf(found, state, parameter, path)
         if not parameter.leaves:
@@ -219,20 +149,6 @@ class Matcher:
 def is_inexact(spec: ArraySpec) -> bool:
     """Whether an array is of floats or complex numbers (a key or a counter is no parameter)."""
     name = spec.dtype.lstrip("<>=|")
-    return spec.array_type != "key" and (name.startswith(("float", "bfloat", "complex")) or name[:1] in ("f", "c"))
-
-
-def candidates(root: Tree, inside: Callable[[Tree], bool]) -> list[Tree]:
-    """Every tree that parameters may be, shallowest first: in the order of the graph's edges.
-
-    Args:
-        root: the whole tree.
-        inside: whether a subtree is an optimizer's, and so holds no parameters.
-    """
-    found: list[Tree] = []
-    level = [root]
-    while level:
-        level = [tree for tree in level if tree.leaves and not inside(tree)]
-        found += [tree for tree in level if not tree.is_leaf]
-        level = [child for tree in level for child in tree.children.values()]
-    return found
+    return spec.array_type != "key" and (
+        name.startswith(("float", "bfloat", "complex")) or name[:1] in ("f", "c")
+    )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from jaxckpt.graph.mirror import Tree
 from jaxckpt.graph.model import (
+    ROOT,
     Edge,
     Leaf,
     LeafSpec,
-    ROOT,
     Node,
     NodeKind,
     ObjectGraph,
@@ -19,7 +18,12 @@ from jaxckpt.graph.model import (
     Structure,
     spell,
 )
-from jaxckpt.graph.slots import Places
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jaxckpt.graph.slots import Places
+    from jaxckpt.graph.tree import Tree
 
 
 @dataclass(slots=True, eq=False)
@@ -93,13 +97,8 @@ def build(
 
 
 def _kind(spec: LeafSpec) -> NodeKind:
-    match spec.kind:
-        case "array":
-            return "variable"
-        case "skipped":
-            return "value"
-        case "value" | "iterator" | "callable":
-            return spec.kind
+    kinds: dict[str, NodeKind] = {"array": "variable", "iterator": "iterator", "callable": "callable"}
+    return kinds.get(spec.kind, "value")
 
 
 class _Grower:
@@ -142,6 +141,4 @@ class _Grower:
 def skip_orphans(specs: Sequence[LeafSpec], places: Places) -> list[LeafSpec]:
     """The specs of a save: slots whose variable is not in the tree are left out."""
     nothing = SkippedSpec()
-    return [
-        nothing if place.orphan else spec for spec, place in zip(specs, places.leaves, strict=True)
-    ]
+    return [nothing if place.orphan else spec for spec, place in zip(specs, places.leaves, strict=True)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.graph.boxes import CHECKPOINT
 from jaxckpt.graph.leaves import MissingFunction
 from jaxckpt.graph.marks import OPTIMIZER, PER_PROCESS, VALUES, Optimizer, PerProcess, Values
 from jaxckpt.graph.model import ROOT, CallableSpec, ObjectGraph, Structure, spell
@@ -18,6 +20,9 @@ Maker = Callable[[Structure, Sequence[Any]], Any]
 
 #: Further classes of this library that come back as themselves, by ``module:qualname``.
 known_classes: dict[str, Maker] = {}
+
+#: Modules of this library that add to them, imported when their class is met.
+_REGISTERED_BY = {CHECKPOINT: "jaxckpt.checkpoint"}
 
 _FACTORIES: dict[str, Callable[[], Any]] = {"list": list, "dict": dict, "int": int, "float": float}
 
@@ -91,6 +96,8 @@ def _container(structure: Structure, children: tuple[Any, ...]) -> Any:
             pass
     if structure.cls in (VALUES, PER_PROCESS) and len(children) == 1:
         return Values(children[0]) if structure.cls == VALUES else PerProcess(children[0])
+    if structure.cls in _REGISTERED_BY:
+        importlib.import_module(_REGISTERED_BY[structure.cls])
     maker = known_classes.get(structure.cls)
     return StandIn(structure, children) if maker is None else maker(structure, children)
 

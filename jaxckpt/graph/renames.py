@@ -35,6 +35,9 @@ class Renamer:
         self._literal = {r.source.key: i for i, r in enumerate(self.rules) if not r.source.stars}
         self._starred = [i for i, r in enumerate(self.rules) if r.source.stars]
         self._called: dict[str, str | None] = {}
+        self.marked = any(rule.source.marked for rule in self.rules)
+        self._moved: dict[str, Hit | None] = {}
+        self._named_below: dict[str, bool] = {}
 
     def __bool__(self) -> bool:
         return bool(self.rules) or self.function is not None
@@ -60,6 +63,24 @@ class Renamer:
             return None
         self.used.add(best.rule)
         return best
+
+    def again(self, key: str) -> Hit | None:
+        """The same for a key that is asked for often: a variable with many slots."""
+        if key not in self._moved:
+            self._moved[key] = self.find(key)
+        return self._moved[key]
+
+    def _slots(self, state: StateField) -> Hit | None:
+        """What rules without stars make of a slot: the same for all of its field, unless one names a slot."""
+        field = join(state_container(state), state.field)
+        if field not in self._named_below:
+            self._named_below[field] = any(key.startswith(field + "/") for key in self._literal)
+        if self._named_below[field]:
+            return self.find(state_key(state))
+        hit = self.again(field)
+        if hit is None or hit.key is None:
+            return hit
+        return Hit(join(hit.key, *state.path, *state.suffix), hit.names, hit.rule)
 
     def _by_prefix(self, key: str) -> Hit | None:
         text = anchored(key)
@@ -111,14 +132,15 @@ class Renamer:
             if hit is None or hit.key is None:
                 return hit
             return hit._replace(key=join(hit.key, state.field, *state.path, *state.suffix))
-        hit = self.find(alias)
+        hit = self._slots(state) if state.is_slot and not self._starred else self.find(alias)
         inner = depth(state.optimizer) + 1
         if state.ordinal == 1 or (hit is not None and hit.names >= inner):
             return hit
-        # A rule for a class without a number moves all its states, each with its own number.
+        # A rule for a class, or for slots of it, without a number moves all its states, each with its own.
+        reach = (inner, inner + 1) if state.is_slot else (inner,)
         every = moved_state(state, ordinal=1)
         found = self.find(state_key(every))
-        if found is None or found.names != inner or self.rules[found.rule].source.first:
+        if found is None or found.names not in reach or self.rules[found.rule].source.first:
             return hit
         if found.key is None:
             return found
@@ -206,12 +228,12 @@ class _Mover:
     def leaf(self, index: int, leaf: Leaf) -> Leaf | None:
         if leaf.state is None:
             return self._plain(index, leaf)
-        if leaf.variable is not None:
+        if leaf.variable is not None and self.renamer.marked:
             hit = self.renamer.find(leaf.key, marked=True)
             if hit is not None:
                 return self._hit(index, leaf, hit)
         hit = self.renamer.state(leaf.state)
-        moved = None if leaf.variable is None else self.renamer.find(leaf.variable)
+        moved = None if leaf.variable is None else self.renamer.again(leaf.variable)
         if (hit is not None and hit.key is None) or (moved is not None and moved.key is None):
             return None
         if hit is None and moved is None:
@@ -285,7 +307,7 @@ class _Mover:
         new = anchored(variable).split("/")[1:]
         path = state.path
         subtree = plain("".join(f"/{name}" for name in old[: len(old) - len(path)]))
-        hit = self.renamer.find(subtree)
+        hit = self.renamer.again(subtree)
         above = anchored(hit.key if hit is not None and hit.key is not None else subtree).split("/")[1:]
         start = len(above)
         below = new[:start] == above

@@ -11,10 +11,12 @@ import enum
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxckpt.graph.model import Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
 
 #: Treedefs known to hold plain data only, in order of use; the cheap case of a known structure.
 _plain: OrderedDict[Any, None] = OrderedDict()
@@ -25,7 +27,7 @@ _MIN_LEAVES = 16
 _ATOMS = (type(None), str, bytes, type(...), Structure)
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """The structure cannot be told from another: it must not be cached."""
 
 
@@ -80,7 +82,7 @@ def _freeze(data: Any) -> tuple[Hashable, bool]:
     try:
         return (cls, _weakref(data)), False
     except TypeError:
-        raise _Unknown from None
+        raise _UnknownError from None
 
 
 _weakref: Callable[[Any], Hashable] = weakref.ref

@@ -7,12 +7,16 @@ what its leaves are, not the tree.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jaxckpt.graph.mirror import Matcher, Mirror, Pair, Tree, candidates, grow
+from jaxckpt.graph.mirror import Matcher, Mirror, Pair
 from jaxckpt.graph.model import ROOT, LeafSpec, StateField, Structure, join, slot_key, spell
 from jaxckpt.graph.states import Collector, Field, Finder, OptimizerTree
+from jaxckpt.graph.tree import Tree, candidates, grow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 #: Labels may stand before the parameters' tree in a field: this many levels of dict.
 _LABEL_DEPTH = 2
@@ -182,10 +186,10 @@ class _Assigner:
 
     def _near(self, state: Tree, named: Tree | None) -> Iterator[Tree]:
         """Trees that a state could mirror, by the names at its top."""
-        filled, names = state.filled(), set(state.children)
+        filled = state.filled()
         if named is not None:
             yield from [named] if named.is_leaf else candidates(named, lambda tree: id(tree) in self._inside)
-        elif filled == names and state.structure.type != "object":
+        elif len(filled) == len(state.children) and state.structure.type != "object":
             yield from self._by_names.get(filled, ())
         else:
             yield from (tree for tree in self._pool if filled <= tree.children.keys())

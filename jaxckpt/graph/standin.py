@@ -31,7 +31,6 @@ def raw_key(name: Name) -> object:
             return name.text
 
 
-@register_pytree_with_keys_class
 class StandIn:
     """A readable stand-in for an object of a checkpoint whose class only the program knows.
 
@@ -77,7 +76,10 @@ class StandIn:
 
     def __repr__(self) -> str:
         pairs = zip(self._structure.names, self._children, strict=True)
-        inner = ", ".join(f"{key.text}={child!r}" if key.type == "attr" else f"{key.text!r}: {child!r}" for key, child in pairs)
+        inner = ", ".join(
+            f"{key.text}={child!r}" if key.type == "attr" else f"{key.text!r}: {child!r}"
+            for key, child in pairs
+        )
         return f"<{self._title()}({inner})>"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Structure]:
@@ -102,6 +104,9 @@ def _entry(name: Name) -> Any:
             return FlattenedIndexKey(name.text)  # pyright: ignore[reportArgumentType]
         case _:
             return DictKey(raw_key(name))
+
+
+register_pytree_with_keys_class(StandIn)
 
 
 def structure_of(stand_in: StandIn) -> Structure:

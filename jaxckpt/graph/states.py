@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxckpt.graph.mirror import Matcher, Mirror, Tree, candidates
+from jaxckpt.graph.mirror import Matcher, Mirror
+from jaxckpt.graph.tree import Tree, candidates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 #: The marks' class names, as in `jaxckpt.graph.marks` (which imports jax; this module is pure).
 OPTIMIZER, VALUES = "jaxckpt.graph.marks:Optimizer", "jaxckpt.graph.marks:Values"
 
-#: NamedTuples of optax that are no states: what stands in the place of a parameter, and functions.
-_NO_STATES = frozenset(
-    (
-        "LookaheadParams",
-        "SplitRealAndImaginaryArrays",
-        "MaskedNode",
-        "MuonDimensionNumbers",
-        "GaLoreDimensionNumbers",
-        "GradientTransformation",
-        "GradientTransformationExtraArgs",
-    )
-)
 #: Fields of optax's states with containers that mirror no parameters.
 _NO_SLOTS = frozenset(("hyperparams", "measurement", "measurements"))
 
@@ -84,22 +75,8 @@ class OptimizerTree:
     fields: list[Field] = field(default_factory=list[Field])
 
 
-def is_optax(tree: Tree) -> bool:
-    """Whether a tree is one of optax's own states."""
-    return (
-        tree.structure.type == "namedtuple"
-        and tree.structure.cls.startswith(("optax.", "optax:"))
-        and tree.cls not in _NO_STATES
-    )
-
-
 def _is_foreign(tree: Tree) -> bool:
-    return tree.structure.type == "namedtuple" and not is_optax(tree) and tree.cls not in _NO_STATES
-
-
-def has_state(tree: Tree) -> bool:
-    """Whether a state of optax is anywhere in a tree."""
-    return any(is_optax(part) for part in tree.walk())
+    return tree.may_be_state and not tree.is_optax
 
 
 def verdict(tree: Tree) -> Verdict:
@@ -108,7 +85,7 @@ def verdict(tree: Tree) -> Verdict:
     "state" and "open" hold a state of optax, and nothing but states; "open" also NamedTuples from
     elsewhere ("foreign"), which may be states or a program's own parameters.
     """
-    if is_optax(tree):
+    if tree.is_optax:
         return "state"
     if tree.structure.type == "none":
         return "nothing"
@@ -144,7 +121,9 @@ class Finder:
             else:
                 for child in tree.children.values():
                     self._scan(child)
-        self.optimizers.sort(key=lambda optimizer: next((leaf.leaf for leaf in optimizer.tree.all_leaves()), -1))
+        self.optimizers.sort(
+            key=lambda optimizer: next((leaf.leaf for leaf in optimizer.tree.all_leaves()), -1)
+        )
 
     def _add(self, optimizer: OptimizerTree) -> None:
         self.optimizers.append(optimizer)
@@ -197,7 +176,7 @@ def _foreign_parts(tree: Tree) -> list[tuple[Tree, bool]]:
     """The NamedTuples from elsewhere in a chain, and whether a state of optax stands beside each."""
     if tree.structure.type not in ("tuple", "OrderedDict"):
         return []
-    beside = any(is_optax(child) for child in tree.children.values())
+    beside = any(child.is_optax for child in tree.children.values())
     found: list[tuple[Tree, bool]] = []
     for child in tree.children.values():
         found += [(child, beside)] if _is_foreign(child) else _foreign_parts(child)
@@ -207,9 +186,9 @@ def _foreign_parts(tree: Tree) -> list[tuple[Tree, bool]]:
 def _containers(tree: Tree) -> Iterator[Tree]:
     """What the states of optax in a chain hold for parameters."""
     for part in tree.walk():
-        if is_optax(part):
+        if part.is_optax:
             for name, child in part.children.items():
-                if child.leaves and not child.is_leaf and name not in _NO_SLOTS and not has_state(child):
+                if child.leaves and not child.is_leaf and name not in _NO_SLOTS and not child.has_state:
                     yield child
 
 
@@ -231,7 +210,7 @@ class Collector:
                 self._collect(child, (*labels, name) if tree.is_dict else labels)
         elif tree.is_leaf:
             self._fields.append(Field("state", self._next("state"), "value", labels, tree))
-        elif tree.is_dict and all(has_state(child) for child in tree.children.values() if child.leaves):
+        elif tree.is_dict and all(child.has_state for child in tree.children.values() if child.leaves):
             for name, child in tree.children.items():
                 self._collect(child, (*labels, name))
         else:
@@ -249,9 +228,9 @@ class Collector:
     def _content(self, part: Field) -> None:
         """Takes a field's tree apart until it holds no further states."""
         tree = part.tree
-        if not part.values and (is_optax(tree) or (part.nested and _is_statelike(tree))):
+        if not part.values and (tree.is_optax or (part.nested and _is_statelike(tree))):
             self._collect(tree, part.labels)
-        elif not part.values and has_state(tree):
+        elif not part.values and tree.has_state:
             for name, child in tree.children.items():
                 labels = (*part.labels, name) if tree.is_dict else part.labels
                 base, values = (*part.base, name), VALUES in child.marks
@@ -263,12 +242,12 @@ class Collector:
 def _is_statelike(tree: Tree) -> bool:
     """Whether a tree where a state stands is made of NamedTuples: chains of them, or one."""
     if tree.structure.type == "namedtuple":
-        return tree.cls not in _NO_STATES
+        return tree.may_be_state
     if not tree.leaves:
         return tree.structure.type in ("tuple", "OrderedDict", "none")
     if tree.structure.type in ("tuple", "OrderedDict", "dict"):
         kinds = [_is_statelike(child) and not child.marks for child in tree.children.values()]
         if tree.structure.type == "tuple":
             return all(kinds)
-        return all(kinds) and all(has_state(child) for child in tree.children.values() if child.leaves)
+        return all(kinds) and all(child.has_state for child in tree.children.values() if child.leaves)
     return False

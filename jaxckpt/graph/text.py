@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from jaxckpt.graph.model import Node, ObjectGraph
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxckpt.graph.model import Node, ObjectGraph
 
 
 def draw(graph: ObjectGraph) -> str:

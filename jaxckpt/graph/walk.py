@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jax.tree_util import (
@@ -24,6 +23,9 @@ from jaxckpt.graph.boxes import is_box, is_checkpoint
 from jaxckpt.graph.marks import Optimizer, PerProcess, Values
 from jaxckpt.graph.model import Name, Structure, StructureType, escape, join, spell
 from jaxckpt.graph.standin import StandIn, structure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _BUILTIN: dict[type, StructureType] = {
     dict: "dict",
@@ -87,7 +89,10 @@ class _Walker:
                 reason = f"a dict whose keys jax cannot sort ({', '.join(types)})"
                 remedy = "use keys of one type that can be compared, or an OrderedDict"
             else:
-                reason, remedy = f"jax cannot flatten a {type(tree).__name__} ({error})", "correct its registration"
+                reason, remedy = (
+                    f"jax cannot flatten a {type(tree).__name__} ({error})",
+                    "correct its registration",
+                )
             raise UnsupportedLeafError(f"{self.key(path)}: {reason}; {remedy}") from error
 
     def container(self, tree: Any, keys: list[Any], aux: Any, path: tuple[str, ...]) -> Structure:

@@ -180,7 +180,8 @@ class ChunkTable:
         """
         table, problem = _parse(cls, data, source)
         if table is None or problem:
-            raise CorruptCheckpointError(f"{source} is damaged: {problem}", files=[source])
+            name = source.rpartition("/")[2]
+            raise CorruptCheckpointError(f"{source} is damaged: {problem}", files=[name])
         return table
 
     def uncovered(self, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -311,6 +312,8 @@ def build_table(
     missing = digests.keys() - seen
     if missing:
         raise SaveError(f"the database lacks {len(missing)} of the values written, {min(missing)!r} first")
+    # A second key of a leaf is a reference to the same place; the key that was written says its digest.
+    deferred.sort(key=lambda value: value.key not in digests)
     for value in _others(deferred, others, chunks):
         if value.key not in digests:
             raise SaveError(f"the database holds {value.key!r}, which was not written by this save")
@@ -322,7 +325,7 @@ def build_table(
 def _others(
     values: Iterable[LocatedValue], taken: set[tuple[str, int]], chunks: Mapping[str, tuple[int, int]]
 ) -> Iterator[LocatedValue]:
-    """The values in files that are no chunk, each place once: a second key of a leaf is a reference."""
+    """The values in files that are no chunk, each place once."""
     for value in values:
         place = (value.file or "", value.offset)
         if value.key not in chunks and place not in taken:

@@ -28,7 +28,8 @@ def _extended() -> dict[str, DType]:
 
 
 _EXTENDED = _extended()
-_NATIVE: dict[str, DType] = {np.dtype(char).name: np.dtype(char) for char in "?bhilqBHILQefdgFDG"}
+# By name: of the C types of one width numpy has several scalar classes ("q" is no `numpy.int64` on Linux).
+_NATIVE: dict[str, DType] = {np.dtype(c).name: np.dtype(np.dtype(c).name) for c in "?bhilqBHILQefdgFDG"}
 #: numpy's `dtype.str` of what a name does not describe. A closed list: `np.dtype` itself would also take
 #: structures, objects and comma-separated records from a hostile file.
 _STRINGS = re.compile(

@@ -8,9 +8,10 @@ devices is put together shard by shard, without a program on the devices.
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from jaxckpt.errors import UnsupportedLeafError
 from jaxckpt.storage.dtypes import element_bits, mask_sub_byte
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +64,9 @@ def hold_all(values: Sequence[object], *, copy: bool = False) -> Held:
     Raises:
         UnsupportedLeafError: as `hold` does.
     """
-    with _plain_settings():
+    with plain_settings():
         arrays = [None] * len(values) if copy else _shown_in_place(values)
-        rest = [(index, _unwrap(values[index])) for index, array in enumerate(arrays) if array is None]
+        rest = [(index, _bits(values[index])) for index, array in enumerate(arrays) if array is None]
         for _, array in rest:
             if isinstance(array, jax.Array) and not on_cpu(array.sharding):
                 _start_transfer(array)
@@ -104,10 +107,39 @@ def _shown_in_place(values: Sequence[Any]) -> list[np.ndarray[Any, Any] | None]:
 
 
 @contextlib.contextmanager
-def _plain_settings() -> Generator[None]:
-    """Settings of the caller's thread that would refuse to show a value."""
-    with jax.transfer_guard("allow"), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+def plain_settings() -> Generator[None]:
+    """None of the settings that would refuse to show or make a value, or change it."""
+    with (
+        jax.enable_x64(
+            True
+        ),  # 64-bit values stay what they are: the caller has decided whether there may be any
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.debug_key_reuse(False),
+    ):
         yield
+
+
+def in_own_thread(work: Callable[[], _T]) -> _T:
+    """The result of `work` in a thread without an active mesh, default device or trace, in plain settings."""
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with plain_settings():
+                results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="jaxckpt-devices")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 @lru_cache(maxsize=256)
@@ -120,14 +152,12 @@ def _is_sub_byte(dtype: np.dtype[Any]) -> bool:
     return element_bits(dtype.name) is not None
 
 
-def _unwrap(value: Any) -> Any:
-    """A Ref's value, and the bits of keys. Only the read of a Ref runs a program."""
-    array = value[...] if isinstance(value, jax.Ref) else value
-    if isinstance(array, jax.Array) and is_key(array.dtype):
-        array = jax.random.key_data(array)
+def _bits(value: Any) -> Any:
+    """The array itself, of keys their bits, of a Ref a copy of its contents. Only a Ref's runs a program."""
     if isinstance(value, jax.Ref):
-        return np.array(array)  # the read may show the Ref's own buffer, which the next write changes
-    return array
+        # the read obeys an active mesh, and may show the Ref's own buffer, which the next write changes
+        return in_own_thread(lambda: np.array(_bits(value[...])))
+    return jax.random.key_data(value) if isinstance(value, jax.Array) and is_key(value.dtype) else value
 
 
 def _hold_array(array: Any, *, copy: bool) -> tuple[np.ndarray[Any, Any], bool]:

@@ -148,6 +148,8 @@ def write(
         SaveError: the files could not be written.
     """
     _refuse_fork()
+    if not arrays and not values:
+        values = [(".jaxckpt", b"")]  # a database without a key has no file at all, and then Orbax finds none
     writer = _Writer(directory=directory, budget=max(1, (memory_limit or _MEMORY_LIMIT) // 2), sync=sync)
     try:
         large = [_by_reference(array) for array in arrays]

@@ -8,7 +8,6 @@ comes out, or refuse it.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,18 +20,18 @@ from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt.errors import RestoreError
-from jaxckpt.storage.hold import is_key, on_cpu
+from jaxckpt.storage.hold import in_own_thread, is_key, on_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from jaxckpt.graph.model import ArraySpec
 
 # Small arrays of one kind on one device are made this many at a time by an identity program: 10 us each, for
 # 85 by `device_put`. The number is fixed, so that few programs are compiled (15 ms each), and fewer arrays
 # than `_LEAST` do not repay that.
-_GROUP = 32
-_LEAST = 192
+_GROUP = 64
+_LEAST = 256
 _SMALL_BYTES = 128 << 10
 # The CPU client shows host memory at such addresses in place of copying it: then the array could not be
 # donated, and would change with the host memory.
@@ -86,7 +85,7 @@ def place(placements: Sequence[Placement]) -> list[Any]:
         else:
             jobs.append(_Job(index, placement, *_where(placement, default)))
     if jobs:
-        _in_thread(lambda: _run(jobs, results))
+        in_own_thread(lambda: _run(jobs, results))
     return results
 
 
@@ -112,6 +111,8 @@ def _where(placement: Placement, default: Any) -> tuple[Any, Any]:
     like: Any = placement.like
     if placement.sharding is not None:
         return _concrete(placement.sharding), None
+    if like is None:
+        return None, default
     if isinstance(like, jax.Array | jax.Ref):
         if not like.committed:
             return None, next(iter(like.sharding.device_set))
@@ -145,37 +146,6 @@ def _concrete(sharding: Any) -> Any:
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _in_thread(work: Callable[[], None]) -> None:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with _settings():
-                work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="jaxckpt-place")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-
-
-@contextlib.contextmanager
-def _settings() -> Generator[None]:
-    # 64-bit values stay what they are: the caller has decided whether there may be any
-    with (
-        jax.enable_x64(True),
-        jax.disable_jit(False),
-        jax.transfer_guard("allow"),
-        jax.debug_nans(False),
-        jax.debug_infs(False),
-        jax.debug_key_reuse(False),
-    ):
-        yield
-
-
 def _run(jobs: list[_Job], results: list[Any]) -> None:
     groups: defaultdict[Any, list[_Job]] = defaultdict(list)
     for job in jobs:
@@ -189,13 +159,14 @@ def _run(jobs: list[_Job], results: list[Any]) -> None:
             done += [_make(job.placement, to) for job in members[len(done) :]]
         made += done
         for job, array in zip(members, done, strict=True):
-            results[job.number] = _wrap(array, job.placement, to)
+            spec = job.placement.spec
+            plain = spec.array_type == "jax" and not spec.ref
+            results[job.number] = array if plain else _wrap(array, spec, to)
     jax.block_until_ready(made)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _wrap(array: jax.Array, placement: Placement, to: Any) -> Any:
+def _wrap(array: jax.Array, spec: ArraySpec, to: Any) -> Any:
     """What the bits of an array stand for: a typed key, the contents of a Ref."""
-    spec = placement.spec
     result: Any = array
     if spec.array_type == "key":
         result = jax.random.wrap_key_data(array, impl=spec.impl)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxckpt import __version__
 from jaxckpt.graph.model import ObjectGraph
-from jaxckpt.storage import directory, kv, orbax_files
+from jaxckpt.storage import directory, handler, kv, orbax_files
 from jaxckpt.storage import manifest as manifests
 from jaxckpt.storage.chunks import build_table, chunk_slices, digest, leaf_digest
 from jaxckpt.storage.layout import Entry, OrbaxValues, chunk_keys, prefix
@@ -162,7 +162,7 @@ def _values(path: str, contents: Contents, memory_limit: int) -> list[kv.Located
     aliases = [
         (prefix(entry.key), prefix(alias)) for entry in contents.entries for alias in entry.alias_keys
     ]
-    return kv.write(path, arrays, aliases=aliases, memory_limit=memory_limit)
+    return handler.write(path, arrays, aliases=aliases, memory_limit=memory_limit)
 
 
 def _documents(contents: Contents, located: Sequence[kv.Located]) -> dict[str, bytes]:

@@ -33,6 +33,9 @@ _VERSION = 1
 _TENSORFLOW = re.compile(rb"\s*(all_)?model_checkpoint_path\w*\s*:")
 #: What a checkpoint of ours has besides its manifest, and no other format has.
 _TRACES = ("chunks.process_0",)
+#: What it has, and may have in common with others.
+_SIGNS = (*_TRACES, "manifest.ocdbt", "_METADATA", "commit_success.txt")
+_NUMBERED = re.compile(r"-\d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,15 +189,16 @@ def store(directory: str, state: State) -> None:
     directories.replace_file(os.path.join(directory, FILE), json.dumps(document, indent=1).encode())
 
 
-def scan(directory: str, known: State) -> State:
+def scan(directory: str, known: State, *, strict: bool = True) -> State:
     """What the directory holds now.
 
     Args:
         directory: of checkpoints; it may be missing.
         known: what was known before; manifests that have not changed since are not read.
+        strict: whether it matters that something that may be a checkpoint cannot be looked at.
 
     Raises:
-        OSError: a checkpoint cannot be looked at.
+        OSError: with ``strict``, a checkpoint cannot be looked at.
     """
     rows_known = {row.name: row for row in known.rows}
     rows: list[Row] = []
@@ -204,7 +208,12 @@ def scan(directory: str, known: State) -> State:
         entries = []
     for entry in entries:
         if not entry.name.startswith(".") and entry.is_dir() and not _is_alias(entry, directory):
-            row = _look(entry.path, entry.name, rows_known.get(entry.name))
+            try:
+                row = _look(entry.path, entry.name, rows_known.get(entry.name))
+            except OSError:
+                if strict and _NUMBERED.search(entry.name):
+                    raise
+                continue  # lost+found and the like
             if row is not None:
                 rows.append(row)
     rows.sort(key=order)
@@ -256,10 +265,6 @@ def _look(path: str, name: str, known: Row | None) -> Row | None:
         stamp = _stamp(path)
     except FileNotFoundError:
         return _without_manifest(path, name, known)
-    except PermissionError:
-        if re.search(r"-\d+$", name):
-            raise
-        return None  # lost+found and the like
     if known is not None and known.stamp == stamp and not known.damage and not known.unsupported:
         return known
     try:
@@ -269,6 +274,8 @@ def _look(path: str, name: str, known: Row | None) -> Row | None:
     except UnsupportedFormatError:
         return Row(name=name, stamp=stamp, unsupported=True)
     except CorruptCheckpointError as error:
+        if known is None and not any(os.path.exists(os.path.join(path, sign)) for sign in _SIGNS):
+            return None  # another program's graph.json
         return _damaged(name, stamp, str(error), known)
 
 

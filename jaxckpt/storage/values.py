@@ -237,8 +237,8 @@ class ValueReader:
                 buffers += [bytearray(offset - position), buffer] if offset > position else [buffer]
                 position = offset + length
         with self._file_of(file) as (handle, size):
-            if handle >= 0:
-                _pread(handle, buffers, first)
+            if handle >= 0 and not _pread(handle, buffers, first):
+                size = os.fstat(handle).st_size
         return self._files[file], size, wanted
 
     def _work(self, jobs: Sequence[_Job], damage: Damage) -> None:
@@ -289,7 +289,9 @@ class ValueReader:
             view = memoryview(cast("Any", value))
             for start in range(0, job.length, _PIECE):
                 piece = view[start : start + _PIECE]
-                _pread(handle, [piece], job.offset + start)
+                if not _pread(handle, [piece], job.offset + start):
+                    damage.add(job.entry, cut_off(name, os.fstat(handle).st_size), name)
+                    return
                 hasher.update(piece)
             self._finish(job, value, hasher.digest(), damage)
 
@@ -346,21 +348,22 @@ def _runs(small: Sequence[_Small]) -> Iterator[list[_Small]]:
         yield list(small[start:])
 
 
-def _pread(handle: int, buffers: Sequence[memoryview | bytearray], offset: int) -> None:
-    """Fills all buffers from one place; a file cut off meanwhile leaves the rest as it is."""
+def _pread(handle: int, buffers: Sequence[memoryview | bytearray], offset: int) -> bool:
+    """Fills all buffers from one place. False if the file ends before: it was cut off after it was opened."""
     wanted = sum(len(buffer) for buffer in buffers)
     done = os.preadv(handle, buffers, offset)
-    if done == wanted or done <= 0:
-        return
+    if done == wanted:
+        return True
     views = [memoryview(buffer) for buffer in buffers]
     while done > 0:
         offset += done
         while views and done >= len(views[0]):
             done -= len(views.pop(0))
         if not views:
-            return
+            return True
         views[0] = views[0][done:]
         done = os.preadv(handle, views, offset)
+    return False
 
 
 def _cores() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxckpt.fill import fill_matched, own_value
@@ -15,7 +15,7 @@ from jaxckpt.reader import CheckpointReader, PathLike, open_exact
 from jaxckpt.restored import Restored, State
 from jaxckpt.saved import restore_saved
 
-Patterns = bool | tuple[str, ...] | list[str] | str
+Patterns = str | Iterable[str]
 Rename = Mapping[str, str | None] | Callable[[str], str | None] | None
 Transform = Mapping[str, tuple[str | tuple[str, ...], Callable[..., Any]]] | None
 
@@ -28,8 +28,8 @@ def restore(
     rename: Rename = None,
     transform: Transform = None,
     fresh: Patterns = (),
-    partial: Patterns = False,
-    cast: Patterns = False,
+    partial: bool | Patterns = False,
+    cast: bool | Patterns = False,
     skip_slots: bool = False,
     sharding: Any = None,
     memory_limit: int | None = None,
