@@ -82,10 +82,11 @@ class Filler:
         first: dict[Any, int] = {}
         stands_for = {index: first.setdefault(self._identity(index), index) for index in wanted}
         results: dict[int, Any] = {}
-        total, done = sum(map(self._nbytes, first.values())), 0
-        for group in self._groups(list(first.values())):
+        sizes = {index: self._nbytes(index) for index in first.values()}
+        total, done = sum(sizes.values()), 0
+        for group in self._groups(sizes):
             results.update(self._fill_group(group))
-            done += sum(map(self._nbytes, group))
+            done += sum(sizes[index] for index in group)
             self._progress(done, total)
         if self._problems:
             raise RestoreError(f"{self._reader.path} does not fit the target:", self._problems)
@@ -138,14 +139,13 @@ class Filler:
         return leaf.node, tuple(map(self._reader.digest, fill.sources))
 
     def _nbytes(self, index: int) -> int:
-        return sum(map(self._reader.nbytes, self._fills[index].sources))
+        return sum([self._reader.nbytes(source) for source in self._fills[index].sources])
 
-    def _groups(self, wanted: Sequence[int]) -> Iterator[list[int]]:
+    def _groups(self, sizes: Mapping[int, int]) -> Iterator[list[int]]:
         """Runs of leaves whose bytes fit the limit; a larger leaf is a group of its own."""
         group: list[int] = []
         size = 0
-        for index in wanted:
-            nbytes = self._nbytes(index)
+        for index, nbytes in sizes.items():
             if group and size + nbytes > self._limit:
                 yield group
                 group, size = [], 0

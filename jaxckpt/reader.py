@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxckpt import listing
-from jaxckpt.errors import CheckpointNotFoundError
+from jaxckpt.errors import CheckpointNotFoundError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, Leaf, ObjectGraph, ValueSpec
 from jaxckpt.storage.opened import OpenCheckpoint
 
@@ -164,7 +164,15 @@ def open_exact(path: PathLike) -> CheckpointReader:
     path = os.path.abspath(os.fspath(path))
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         raise CheckpointNotFoundError(listing.not_found(path))
-    return CheckpointReader(path)
+    try:
+        return CheckpointReader(path)
+    except UnsupportedFormatError as error:
+        newest = listing.latest_checkpoint(path) if os.path.isdir(path) else None
+        if newest is None:
+            raise
+        raise UnsupportedFormatError(
+            f"{path} is a directory of checkpoints: give one of them, as in latest_checkpoint(...), now {newest}"
+        ) from error
 
 
 def load_checkpoint(path_or_directory: PathLike) -> CheckpointReader:

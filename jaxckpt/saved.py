@@ -108,6 +108,10 @@ def _model(leaf: Leaf, sharding: Where) -> tuple[LeafSpec, Any]:
 
 def _abstract_leaf(reader: CheckpointReader, leaf: Leaf, sharding: Where) -> Any:
     if isinstance(leaf.spec, ArraySpec):
+        dtype = numpy_dtype(leaf.spec.dtype)
+        if dtype.kind in "USMm" or not dtype.isnative:
+            # JAX has no such dtype: numpy's place holder, which takes no memory whatever its shape.
+            return np.broadcast_to(np.zeros((), dtype), leaf.spec.shape)
         return abstract(leaf.key, leaf.spec, sharding)
     if leaf.kind == "value":
         return reader[leaf.key]

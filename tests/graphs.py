@@ -141,9 +141,7 @@ arrays = st.builds(
 )
 keys = st.just(ArraySpec(shape=(2,), dtype="uint32", array_type="key", impl="threefry2x32", key_shape=(2,)))
 values = st.one_of(
-    st.builds(
-        ValueSpec, type=st.just("int"), value=st.integers() | st.sampled_from([2**70, -(2**63)])
-    ),
+    st.builds(ValueSpec, type=st.just("int"), value=st.integers() | st.sampled_from([2**70, -(2**63)])),
     st.builds(ValueSpec, type=st.just("float"), value=st.floats()),
     st.builds(ValueSpec, type=st.just("complex"), value=st.complex_numbers()),
     st.builds(ValueSpec, type=st.just("bool"), value=st.booleans()),

@@ -85,7 +85,7 @@ def test_a_reader_of_the_directory_deletes_nothing(tmp_path):
     with jaxckpt.CheckpointManager(tmp_path) as manager:
         saved(manager, 3)
     with jaxckpt.CheckpointManager(tmp_path, max_to_keep=1) as manager:
-        manager.restore(TREE).assert_consumed()
+        manager.restore(TREE).status.assert_consumed()
         assert manager.steps == [1, 2, 3]
     assert jaxckpt.CheckpointManager(tmp_path).steps == [1, 2, 3]
 
@@ -298,7 +298,7 @@ def test_an_evaluation_job_never_meets_a_pruned_path(tmp_path):
         for path in jaxckpt.checkpoints_iterator(tmp_path, timeout=0):
             saved(manager, 3)
             assert os.path.isdir(path)
-            jaxckpt.restore(path, TREE).assert_consumed()
+            jaxckpt.restore(path, TREE).status.assert_consumed()
             break
         started = time.monotonic()
         assert len(list(jaxckpt.checkpoints_iterator(tmp_path, timeout=0.1))) == 1

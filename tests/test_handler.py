@@ -82,8 +82,10 @@ def test_serialize_holds_device_arrays(tmp_path):
     jax.jit(lambda x: x * 0, donate_argnums=0)(array)
     written.result()
     assert written.cancel()
-    writer.finalize = None
-    [value] = [v for v in kv.locate(str(tmp_path / "ocdbt.process_jaxckpt_0")) if v.key == "a/0"]
+    writer.finalize(handler.epath.Path(tmp_path))
+    assert [v.key for v in kv.locate(str(tmp_path))] == ["a/.zarray", "a/0"]
+    writer.finalize(handler.epath.Path(tmp_path))
+    [value] = [v for v in kv.locate(str(tmp_path / "ocdbt.process_jaxckpt0")) if v.key == "a/0"]
     np.testing.assert_array_equal(np.frombuffer(value.inline, np.float32), np.arange(8))
     assert json.loads((tmp_path / "array_metadatas" / "process_0").read_text())
 
@@ -131,7 +133,7 @@ REGISTERED = """
     with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as c:
         t = tree(); c.save(root / "async", t); jit({"w": t["w"], "big": t["big"]}); c.wait_until_finished()
     with ocp.StandardCheckpointer() as c: same(c.restore(root / "async", tree()))
-    assert (root / "sync" / "ocdbt.process_jaxckpt_0" / "m").exists()
+    assert (root / "sync" / "ocdbt.process_jaxckpt0" / "m").exists()
     ocp.type_handlers.register_type_handler(jax.Array, orbax, override=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as c: same(c.restore(root / "sync"))
     with ocp.StandardCheckpointer() as c: same(c.restore(root / "async", tree()))

@@ -1,5 +1,6 @@
 """The manifest: exact round trips, and nothing believed that is not whole."""
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -329,10 +330,18 @@ def test_random_changes_of_the_document_never_give_another_kind_of_error(data):
     parent[key] = data.draw(
         st.none() | st.integers(-2, 9) | st.sampled_from(["", "x", [], {}, [0], 1 << 70, 0.5])
     )
-    try:
+    with contextlib.suppress(CheckpointError):
         decode(seal(json.dumps(document["saved"]).encode(), json.dumps(document["files"]).encode()))
-    except CheckpointError:
-        pass
+
+
+@pytest.mark.parametrize("bits", [9000, 12_000, 12_001, 40_000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_of_any_size_round_trip(bits, sign):
+    number = sign * ((1 << bits) - 12345)
+    graph = make([ValueSpec(type="int", value=number)])
+    assert decode(encode(manifest(graph))).graph.leaves[0].spec.value == number
+    got = decode(encode(manifest(make({}), {"n": number}))).metadata
+    assert got == {"n": number}
 
 
 def nested(depth):
@@ -365,14 +374,14 @@ def test_five_thousand_leaves_take_little_time():
     before = manifest(make(tree))
     times = {"encode": [], "decode": []}
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         data = encode(before)
-        middle = time.perf_counter()
+        middle = time.process_time()
         decode(data)
         times["encode"].append(middle - start)
-        times["decode"].append(time.perf_counter() - middle)
-    assert min(times["encode"]) < 0.2  # 0.03 s where nothing else runs
-    assert min(times["decode"]) < 0.2
+        times["decode"].append(time.process_time() - middle)
+    assert min(times["encode"]) < 0.3  # 0.03 s where nothing else runs
+    assert min(times["decode"]) < 0.3
 
 
 def test_documents_are_strict():

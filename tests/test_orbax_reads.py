@@ -52,14 +52,16 @@ def ocdbt_value(path, key):
 @pytest.mark.parametrize(("case", "way"), PAIRS)
 @pytest.mark.parametrize("devices", DEVICES)
 def test_orbax_opens_it(outcomes, devices, case, way):
-    assert outcomes[devices][f"{case}: {way}"] == "ok"
+    outcome = outcomes[devices][f"{case}: {way}"]
+    if outcome != "ok":
+        pytest.fail(outcome, pytrace=False)
 
 
 def test_the_large_array_has_several_chunks(directory):
     reader = jaxckpt.load_checkpoint(directory / "large")
     assert reader.get_variable_to_shape_map()["w"] == [3000, 4001]
     sizes = [path.stat().st_size for path in Path(reader.path, "d").iterdir()]
-    assert sum(sizes) > 3000 * 4001 * 4
+    assert sum(sizes) >= 3000 * 4001 * 4
     zarray = ocdbt_value(reader.path, "w/.zarray")
     assert np.prod(-(-np.array(zarray["shape"]) // np.array(zarray["chunks"]))) > 1
     assert zarray["compressor"] is None

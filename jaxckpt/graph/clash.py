@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxckpt.graph.model import ROOT, Leaf, join
 from jaxckpt.graph.patterns import anchored, depth
-from jaxckpt.graph.view import Container, View, above, other_spelling
+from jaxckpt.graph.view import Container, View, above, integer_spelling, other_spelling, told_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -76,15 +76,35 @@ class Names:
         there = {container.type for container in self.placed.containers.values()}
         return "fields" in here or ("fields" in there and "sequence" in here)
 
+    @cached_property
+    def _integers(self) -> bool:
+        every = (*self.wanted.values(), *self.placed.containers.values())
+        return any(told_apart(container) for container in every if container.type == "keys")
+
     def saved_key(self, key: str) -> str:
-        """How the checkpoint spells a target key, where one side is a namedtuple and the other a sequence."""
-        if key == ROOT or not self._interchange or key in self.plain:
+        """How the checkpoint spells a target key.
+
+        Another way only where one side is a namedtuple and the other a sequence, or where one tells an
+        integer key from a string.
+        """
+        if (
+            (key in self.plain and not self._integers)
+            or key == ROOT
+            or not (self._interchange or self._integers)
+        ):
             return key
         ours = theirs = ROOT
         for name in key.split("/"):
-            there = join(theirs, name)
+            integer = None
+            if self._integers:
+                integer = integer_spelling(self.wanted.get(ours), self.placed.containers.get(theirs), name)
+            there = join(theirs, integer or name)
             if there not in self.plain and there not in self.above and there not in self.placed.containers:
-                other = other_spelling(self.wanted.get(ours), self.placed.containers.get(theirs), name)
+                other = (
+                    None
+                    if integer
+                    else other_spelling(self.wanted.get(ours), self.placed.containers.get(theirs), name)
+                )
                 there = join(theirs, other) if other is not None else there
             ours, theirs = join(ours, name), there
         return theirs
@@ -152,7 +172,7 @@ def containers_differ(
     """
     found: list[Finding] = []
     for key, container in names.wanted.items():
-        if container.type == "fields" or fresh(key):
+        if container.type in ("fields", "keys") or fresh(key):
             continue
         theirs = names.saved_key(key)
         saved = names.placed.containers.get(theirs)

@@ -96,8 +96,9 @@ def object_graph(tree: object) -> ObjectGraph:
 def _flatten(tree: object, *, target: bool, prefix: str, optimizers: bool) -> Flat:
     try:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-    except (ValueError, TypeError):
-        walk(tree, prefix)  # says at which key
+    except Exception:  # of jax, or of a class in the tree: say at which key, if we can
+        found = walk(tree, prefix).leaves
+        _classify(found, tree, target=target, prefix=prefix, optimizers=optimizers)
         raise
     values: list[Any] = leaves
     kinds = _classify(values, tree, target=target, prefix=prefix, optimizers=optimizers)
@@ -165,8 +166,8 @@ def _graph(
             _graphs.move_to_end(key)
             return known
     walked = walk(tree, prefix)
-    if walked.leaves != len(kinds):
-        raise AssertionError(f"walked over {walked.leaves} leaves where jax sees {len(kinds)}")
+    if len(walked.leaves) != len(kinds):
+        raise AssertionError(f"walked over {len(walked.leaves)} leaves where jax sees {len(kinds)}")
     specs: list[LeafSpec] = [kind.spec for kind in kinds]
     places = place(walked.structure, specs, walked.of, optimizers=optimizers)
     seen: set[str] = set()

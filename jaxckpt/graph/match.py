@@ -163,22 +163,22 @@ class _Matcher:
                 self.sources[index] = (pins[leaf.key],)
             elif leaf.state is not None:
                 inner[index] = leaf
-            elif leaf.key in plain:
-                self.sources[index] = (plain[leaf.key],)
             else:
                 key = self.names.saved_key(leaf.key)
                 if key in plain:
                     self.sources[index] = (plain[key],)
+                if key != leaf.key:
                     renamed[leaf.key] = key
         states = {
             index: leaf for index, leaf in enumerate(leaves) if leaf is not None and leaf.state is not None
         }
-        found = match_states(states, inner, fresh=self.wishes.fresh, renamed=renamed)
+        taken = {item for made in self.made.values() for item in made.sources}
+        found = match_states(states, inner, fresh=self.wishes.fresh, renamed=renamed, taken=taken)
         self.sources.update(found.sources)
         self.ambiguous.update(found.ambiguous)
-        self._by_spelling(states)
+        self._by_spelling(states, renamed)
 
-    def _by_spelling(self, states: Mapping[int, Leaf]) -> None:
+    def _by_spelling(self, states: Mapping[int, Leaf], renamed: Mapping[str, str]) -> None:
         """What is left, where one side knows optimizers and the other has only keys (a converted file)."""
         left = [
             (index, leaf)
@@ -189,7 +189,7 @@ class _Matcher:
             return
         spelled = {leaf.key: index for index, leaf in states.items()} | self.names.plain
         for index, leaf in left:
-            source = spelled.get(leaf.key)
+            source = spelled.get(renamed.get(leaf.key, leaf.key))
             # Two leaves that both know their place in an optimizer were compared by it already.
             if source is not None and leaf.kind != "skipped" and (leaf.state is None or source not in states):
                 self.sources[index] = (source,)

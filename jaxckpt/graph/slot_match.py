@@ -50,6 +50,7 @@ def match_states(
     *,
     fresh: Collection[int],
     renamed: Mapping[str, str],
+    taken: Collection[int] = (),
 ) -> StateMatch:
     """Matches leaves of optimizers.
 
@@ -58,6 +59,7 @@ def match_states(
         wanted: the target's leaves inside optimizers, by index.
         fresh: target indices that take nothing, but count where the numbers agree with them.
         renamed: target keys of variables that were found under another saved key.
+        taken: saved indices that transforms take: they are not looked for by their path.
     """
     result = StateMatch()
     found = _group(saved, lambda leaf: _identity(leaf, {}))
@@ -65,7 +67,10 @@ def match_states(
         sources = found.get(identity)
         if sources is not None:
             result.take(pair(wanted, saved, targets, sources, fresh))
-    _by_path(result, saved, wanted, fresh)
+    left = {i: leaf for i, leaf in wanted.items() if i not in result.sources and i not in result.ambiguous}
+    if left:
+        used = result.used().union(taken)
+        _by_path(result, {i: leaf for i, leaf in saved.items() if i not in used}, left, fresh)
     return result
 
 
@@ -73,13 +78,8 @@ def _by_path(
     result: StateMatch, saved: Mapping[int, Leaf], wanted: Mapping[int, Leaf], fresh: Collection[int]
 ) -> None:
     """What is left goes by its path below the subtree that the state mirrors, if that is unique."""
-    left = {i: leaf for i, leaf in wanted.items() if i not in result.sources and i not in result.ambiguous}
-    if not left:
-        return
-    used = result.used()
-    rest = {i: leaf for i, leaf in saved.items() if i not in used}
-    found = _group(rest, _path_identity)
-    for identity, targets in _group(left, _path_identity).items():
+    found = _group(saved, _path_identity)
+    for identity, targets in _group(wanted, _path_identity).items():
         sources = found.get(identity)
         if sources is None:
             continue

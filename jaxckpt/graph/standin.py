@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, register_pytree_with_keys_class
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey, register_pytree_with_keys_class
 
 from jaxckpt.graph.model import Name, Structure
 
@@ -100,8 +100,6 @@ def _entry(name: Name) -> Any:
             return GetAttrKey(name.text)
         case "index":
             return SequenceKey(int(name.text))
-        case "repr":
-            return FlattenedIndexKey(name.text)  # pyright: ignore[reportArgumentType]
         case _:
             return DictKey(raw_key(name))
 

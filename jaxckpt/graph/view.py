@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+#: Before an integer key that stands beside a string of the same spelling.
+_INT = ".N"
+
+
 def state_container(state: StateField) -> str:
     """The key of a state: ``<optimizer>/<StateClass>``, from the second of a class on with ``.2``."""
     ordinal = f".{state.ordinal}" if state.ordinal > 1 else ""
@@ -161,10 +165,10 @@ def _nodes(graph: ObjectGraph) -> set[str]:
 
 
 class Container(NamedTuple):
-    """A container whose shape counts: None, an empty one, a sequence, a namedtuple.
+    """A container whose shape or kind counts.
 
     Attributes:
-        type: "none", "empty", "sequence" or "fields".
+        type: "none", "empty", "sequence", "fields" (a namedtuple), or "keys" (a dict with integer keys).
         names: of its children.
         position: where it stands among the leaves, to order problems by.
     """
@@ -204,7 +208,9 @@ def _container_type(structure: Structure) -> str:
         return "empty"
     if structure.type in ("list", "tuple"):
         return "sequence"
-    return "fields" if structure.type == "namedtuple" else ""
+    if structure.type == "namedtuple":
+        return "fields"
+    return "keys" if any(name.type == "int" for name in structure.names) else ""
 
 
 def field_index(container: Container, name: str) -> str | None:
@@ -225,6 +231,29 @@ def other_spelling(here: Container | None, there: Container | None, name: str) -
         index = int(name) if name.isdecimal() else -1
         return there.names[index].name if 0 <= index < len(there.names) else None
     return None
+
+
+def told_apart(container: Container) -> bool:
+    """Whether it has an integer key beside a string of the same spelling (spelled ``.N1`` and ``1``)."""
+    return any(name.name.startswith(_INT) for name in container.names)
+
+
+def integer_spelling(here: Container | None, there: Container | None, name: str) -> str | None:
+    """How a child is called on the other side, if one of them tells an integer key from a string.
+
+    None if as here. An integer is the other side's integer, however either spells it.
+    """
+    if here is None or there is None:
+        return None
+    ours = {key.name: key.type for key in here.names}
+    theirs = {key.name: key.type for key in there.names}
+    if ours.get(name) == "int" and _INT + name in theirs:
+        return _INT + name
+    plain = name.removeprefix(_INT)
+    if plain != name:
+        return plain if theirs.get(plain) == "int" and name not in theirs else None
+    # Here the string of a pair, there an integer alone: another key, spelled as nothing is.
+    return _INT + name if _INT + name in ours and theirs.get(name) == "int" else None
 
 
 def above(keys: Mapping[str, object]) -> dict[str, str]:

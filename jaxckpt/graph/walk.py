@@ -47,27 +47,27 @@ class Walk:
     Attributes:
         structure: the tree, leaves numbered in JAX's order.
         of: for each path (escaped names) at which an `Optimizer` mark with ``of`` stands, that key.
-        leaves: how many leaves there are.
+        leaves: its leaves, in JAX's order.
     """
 
     structure: Structure
     of: Mapping[tuple[str, ...], str]
-    leaves: int
+    leaves: list[Any]
 
 
 @dataclass(slots=True)
 class _Walker:
     prefix: str
     of: dict[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
-    leaves: int = 0
+    leaves: list[Any] = field(default_factory=list[Any])
 
     def key(self, path: Sequence[str]) -> str:
         return join(self.prefix, spell(path))
 
     def walk(self, tree: Any, path: tuple[str, ...]) -> Structure:
         if not is_tree_node(type(tree)):
-            self.leaves += 1
-            return Structure(type="leaf", leaf=self.leaves - 1)
+            self.leaves.append(tree)
+            return Structure(type="leaf", leaf=len(self.leaves) - 1)
         pairs, aux = self.one_level(tree, path)
         shape = self.container(tree, [key for key, _ in pairs], aux, path)
         if isinstance(tree, Optimizer) and tree.of is not None:

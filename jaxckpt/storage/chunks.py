@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,7 @@ def leaf_digest(chunk_digests: Sequence[bytes]) -> bytes:
     return digest(b"".join(chunk_digests))
 
 
+@lru_cache(maxsize=4096)
 def grid(shape: Shape, itemsize: int, shard_shape: Shape | None = None) -> Shape:
     """The chunk shape of an array: a pure function of what is given.
 

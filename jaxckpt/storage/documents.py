@@ -23,7 +23,7 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """A JSON object of known fields; those with their default are left out."""
 
 
-class ShardingDoc(Strict, frozen=True):
+class ShardingDoc(Strict, frozen=True, gc=False):
     """`jaxckpt.graph.model.Sharding`."""
 
     mesh: list[tuple[str, int]] = []
@@ -32,7 +32,7 @@ class ShardingDoc(Strict, frozen=True):
     memory_kind: str | None = None
 
 
-class ArrayDoc(Strict, frozen=True, tag_field="kind", tag="array"):
+class ArrayDoc(Strict, frozen=True, gc=False, tag_field="kind", tag="array"):
     """`ArraySpec`."""
 
     shape: list[int]
@@ -45,33 +45,33 @@ class ArrayDoc(Strict, frozen=True, tag_field="kind", tag="array"):
     sharding: ShardingDoc | None = None
 
 
-class ValueDoc(Strict, frozen=True, tag_field="kind", tag="value"):
+class ValueDoc(Strict, frozen=True, gc=False, tag_field="kind", tag="value"):
     """`ValueSpec`; without `value` it lies in the database."""
 
     type: ValueType
     value: str | None = None
 
 
-class IteratorDoc(Strict, frozen=True, tag_field="kind", tag="iterator"):
+class IteratorDoc(Strict, frozen=True, gc=False, tag_field="kind", tag="iterator"):
     """`IteratorSpec`; its state is one of the graph's `graphs`."""
 
     state: int | None = None
 
 
-class CallableDoc(Strict, frozen=True, tag_field="kind", tag="callable"):
+class CallableDoc(Strict, frozen=True, gc=False, tag_field="kind", tag="callable"):
     """`CallableSpec`."""
 
     name: str
 
 
-class SkippedDoc(Strict, frozen=True, tag_field="kind", tag="skipped"):
+class SkippedDoc(Strict, frozen=True, gc=False, tag_field="kind", tag="skipped"):
     """`SkippedSpec`."""
 
 
 SpecDoc = ArrayDoc | ValueDoc | IteratorDoc | CallableDoc | SkippedDoc
 
 
-class StateDoc(Strict, frozen=True):
+class StateDoc(Strict, frozen=True, gc=False):
     """`StateField`."""
 
     optimizer: str
@@ -90,10 +90,10 @@ SlotRow = tuple[str, str, str, str]
 #: key, node, index into `specs`, index into `states` or -1, variable or None
 LeafRow = tuple[str, int, int, int, str | None]
 #: type, class, static, number of children, and for each child [name, type] or [name, type, text]
-StructureRow = tuple[StructureType, str, bool, int, list[list[str]]]
+StructureRow = tuple[StructureType, str, bool, int, list[tuple[str, ...]]]
 
 
-class GraphDoc(Strict, frozen=True):
+class GraphDoc(Strict, frozen=True, gc=False):
     """`ObjectGraph`. `structure` is in preorder, a leaf being the index of it."""
 
     nodes: list[NodeRow]
@@ -107,7 +107,7 @@ class GraphDoc(Strict, frozen=True):
     escaped: bool = False
 
 
-class EntryDoc(Strict, frozen=True):
+class EntryDoc(Strict, frozen=True, gc=False):
     """`layout.Entry` with its digest; dtype and shape are those of its leaf, `bytes` of a string."""
 
     owner: list[int]
@@ -121,7 +121,7 @@ class EntryDoc(Strict, frozen=True):
     visible: bool = True
 
 
-class SavedDoc(Strict, frozen=True):
+class SavedDoc(Strict, frozen=True, gc=False):
     """The deterministic part of a manifest: the tree's graph is the first of `graphs`."""
 
     graphs: list[GraphDoc]
@@ -129,7 +129,7 @@ class SavedDoc(Strict, frozen=True):
     metadata: Any = None
 
 
-class FilesDoc(Strict, frozen=True):
+class FilesDoc(Strict, frozen=True, gc=False):
     """`manifest.Files`."""
 
     sequence: int

@@ -7,7 +7,9 @@ be refused.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, get_args
 
 from jaxckpt.graph.model import (
@@ -28,6 +30,7 @@ from jaxckpt.graph.model import (
     Structure,
     ValueSpec,
 )
+from jaxckpt.storage.columns import make
 from jaxckpt.storage.documents import (
     ArrayDoc,
     CallableDoc,
@@ -91,26 +94,31 @@ def _graph(
         _spec(spec, number, graphs, used, text, f"{where}.specs[{i}]", problems)
         for i, spec in enumerate(document.specs)
     ]
-    states = [_state(state, text) for state in document.states]
+    states: list[StateField | None] = [_state(state, text) for state in document.states]
     _check_rows(document, where, problems)
     if len(problems) > start:
         return None
-    leaves = tuple(
-        Leaf(
-            key=text(key),
-            node=node,
-            spec=specs[spec],
-            state=states[state] if state >= 0 else None,
-            variable=variable if variable is None else text(variable),
-        )
-        for key, node, spec, state, variable in document.leaves
-    )
-    structure = _structure(document, len(leaves), text, where, problems)
+    structure = _structure(document, len(document.leaves), text, where, problems)
     if structure is None:
         return None
+    keys, nodes, spec_rows, state_rows, variables = _columns(document.leaves, 5)
+    states.append(None)  # row -1
+    if document.escaped:
+        variables = [variable if variable is None else text(variable) for variable in variables]
+    leaves = make(
+        Leaf,
+        len(keys),
+        key=map(text, keys),
+        node=nodes,
+        spec=map(specs.__getitem__, spec_rows),
+        state=map(states.__getitem__, state_rows),
+        variable=variables,
+    )
+    names, kinds, types = _columns(document.nodes, 3)
+    parents, edge_names, children = _columns(document.edges, 3)
     return ObjectGraph(
-        nodes=tuple(Node(key=text(key), kind=kind, type=text(type_)) for key, kind, type_ in document.nodes),
-        edges=tuple(Edge(parent=a, name=text(name), child=b) for a, name, b in document.edges),
+        nodes=make(Node, len(names), key=map(text, names), kind=kinds, type=map(text, types)),
+        edges=make(Edge, len(parents), parent=parents, name=map(text, edge_names), child=children),
         slots=tuple(
             Slot(optimizer=text(a), variable=text(b), name=text(c), key=text(d))
             for a, b, c, d in document.slots
@@ -121,19 +129,22 @@ def _graph(
     )
 
 
+def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+    return list(zip(*rows, strict=True)) if rows else [()] * count
+
+
 def _check_rows(document: GraphDoc, where: str, problems: Problems) -> None:
     """That all numbers point at something, that no key stands twice, and that there is no cycle."""
     nodes, specs, states = len(document.nodes), len(document.specs), len(document.states)
     if not nodes:
         problems.append(f"{where}.nodes: there is none")
-    keys = {row[0] for row in document.leaves}
-    seen: set[str] = set()
-    for i, (key, node, spec, state, _) in enumerate(document.leaves):
+    for i, (_, node, spec, state, _) in enumerate(document.leaves):
         if not (0 <= node < nodes and 0 <= spec < specs and -1 <= state < states):
             problems.append(f"{where}.leaves[{i}]: points at a node, spec or state that is not there")
-        if key in seen:
-            problems.append(f"{where}.leaves[{i}]: a second leaf with the key {key!r}")
-        seen.add(key)
+    keys = {row[0] for row in document.leaves}
+    if len(keys) != len(document.leaves):
+        twice = [key for key, number in Counter(row[0] for row in document.leaves).items() if number > 1]
+        problems.append(f"{where}.leaves: several have the key {twice[0]!r}")
     node_keys = {row[0] for row in document.nodes}
     for i, (optimizer, variable, _, key) in enumerate(document.slots):
         if optimizer not in node_keys or variable not in keys or key not in keys:
@@ -141,14 +152,15 @@ def _check_rows(document: GraphDoc, where: str, problems: Problems) -> None:
     if document.left_out < 0:
         problems.append(f"{where}.left_out: is negative")
     dangling = [i for i, (a, _, b) in enumerate(document.edges) if not (0 <= a < nodes and 0 <= b < nodes)]
-    for i in dangling:
-        problems.append(f"{where}.edges[{i}]: joins nodes that are not there")
+    problems += [f"{where}.edges[{i}]: joins nodes that are not there" for i in dangling]
     if not dangling and _has_cycle(nodes, document.edges):
         problems.append(f"{where}.edges: go round in a circle")
 
 
 def _has_cycle(nodes: int, edges: Sequence[tuple[int, str, int]]) -> bool:
     """Kahn: takes away nodes that nothing points at until none is left, or only cycles are."""
+    if all(parent < child for parent, _, child in edges):
+        return False
     incoming = [0] * nodes
     children: list[list[int]] = [[] for _ in range(nodes)]
     for parent, _, child in edges:
@@ -250,66 +262,60 @@ def _structure(
     document: GraphDoc, leaves: int, text: Text, where: str, problems: Problems
 ) -> Structure | None:
     """Builds the tree bottom up from its preorder: from the last row back, children stand on the stack."""
-    if _depth(document.structure) > MAX_DEPTH:
-        problems.append(f"{where}.structure: deeper than {MAX_DEPTH} levels")
-        return None
     order = [row for row in document.structure if isinstance(row, int)]
     if order != list(range(leaves)):
         problems.append(f"{where}.structure: does not hold each of the {leaves} leaves once, in order")
         return None
+    nothing = repeat(())
+    positions = make(
+        Structure,
+        leaves,
+        type=repeat("leaf"),
+        cls=repeat(""),
+        names=nothing,
+        children=nothing,
+        leaf=order,
+        static=repeat(False),
+    )
     known: dict[tuple[str, ...], Name] = {}
     stack: list[Structure] = []
+    heights: list[int] = []
     for i in range(len(document.structure) - 1, -1, -1):
         row = document.structure[i]
         if isinstance(row, int):
-            stack.append(Structure(type="leaf", leaf=row))
+            stack.append(positions[row])
+            heights.append(0)
             continue
-        type_, cls, static, count, rows = row
-        names = [_name(parts, text, known) for parts in rows]
-        wrong = type_ == "leaf" or (type_ == "none" and count) or len(names) != count or None in names
-        if wrong or not 0 <= count <= len(stack):
-            problems.append(f"{where}.structure[{i}]: its names and children do not fit")
+        count, start = row[3], len(stack) - row[3]
+        structure = _container(row, stack[start:], text, known) if 0 <= count <= len(stack) else None
+        height = 1 + max(heights[start:], default=0) if count else 0
+        if structure is None or height > MAX_DEPTH:
+            what = f"deeper than {MAX_DEPTH} levels" if structure else "its names and children do not fit"
+            problems.append(f"{where}.structure[{i}]: {what}")
             return None
-        children = tuple(stack[len(stack) - count :][::-1])
-        del stack[len(stack) - count :]
-        stack.append(
-            Structure(
-                type=type_,
-                cls=text(cls),
-                static=static,
-                names=tuple(name for name in names if name is not None),
-                children=children,
-            )
-        )
+        stack[start:], heights[start:] = [structure], [height]
     if len(stack) != 1:
         problems.append(f"{where}.structure: is not one tree")
         return None
     return stack[0]
 
 
-def _depth(rows: Sequence[int | StructureRow]) -> int:
-    """The depth of a tree in preorder; what does not add up is found by whoever builds it."""
-    open_: list[int] = []
-    deepest = 0
-    for row in rows:
-        while open_ and open_[-1] == 0:
-            open_.pop()
-        if open_:
-            open_[-1] -= 1
-        if not isinstance(row, int):
-            open_.append(max(0, row[3]))
-            deepest = max(deepest, len(open_))
-            if deepest > MAX_DEPTH:
-                break
-    return deepest
+def _container(
+    row: StructureRow, children: list[Structure], text: Text, known: dict[tuple[str, ...], Name]
+) -> Structure | None:
+    """A container of its children, which come last first; None if they do not fit its names."""
+    type_, cls, static, count, rows = row
+    names = [name for parts in rows if (name := known.get(parts) or _name(parts, text, known))]
+    if type_ == "leaf" or (type_ == "none" and count) or not len(names) == count == len(rows):
+        return None
+    children.reverse()
+    return Structure(type=type_, cls=text(cls), static=static, names=tuple(names), children=tuple(children))
 
 
-def _name(parts: list[str], text: Text, known: dict[tuple[str, ...], Name]) -> Name | None:
-    key = tuple(parts)
-    name = known.get(key)
-    if name is None and len(parts) in (2, 3) and parts[1] in _KEY_TYPES:
-        type_: Any = parts[1]
-        name = known[key] = Name(
-            name=text(parts[0]), type=type_, text=text(parts[-1] if len(parts) == 3 else parts[0])
-        )
+def _name(parts: tuple[str, ...], text: Text, known: dict[tuple[str, ...], Name]) -> Name | None:
+    if len(parts) not in (2, 3) or parts[1] not in _KEY_TYPES:
+        return None
+    type_: Any = parts[1]
+    shown = text(parts[2] if len(parts) == 3 else parts[0])
+    name = known[parts] = Name(name=text(parts[0]), type=type_, text=shown)
     return name

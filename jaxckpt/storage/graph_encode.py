@@ -176,9 +176,9 @@ def _structure_rows(root: Structure, text: Text) -> list[int | StructureRow]:
             rows.append(structure.leaf)
             continue
         names = [
-            [text(name.name), name.type]
+            (text(name.name), name.type)
             if name.text == name.name
-            else [text(name.name), name.type, text(name.text)]
+            else (text(name.name), name.type, text(name.text))
             for name in structure.names
         ]
         rows.append((structure.type, text(structure.cls), structure.static, len(structure.children), names))

@@ -25,11 +25,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import metadata as orbax_metadata
 from orbax.checkpoint import multihost, type_handlers
 
-from jaxckpt.errors import SaveError
+from jaxckpt.errors import CheckpointError, SaveError
+from jaxckpt.graph.model import ArraySpec
 from jaxckpt.storage import kv
 from jaxckpt.storage.chunks import grid
 from jaxckpt.storage.dtypes import ORBAX_DTYPES
 from jaxckpt.storage.hold import hold_all, is_key
+from jaxckpt.storage.place import Placement, place
+from jaxckpt.storage.zarr import ZarrReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
     from orbax.checkpoint.type_handlers import ParamInfo, RestoreArgs, SaveArgs
 
 # Orbax merges every database of a name that begins so; in `ocdbt.process_0` its other handlers write.
-_PROCESS_DIRECTORY = "ocdbt.process_jaxckpt_"
+_PROCESS_DIRECTORY = "ocdbt.process_jaxckpt"
+# Arrays read before they are put on devices.
+_BATCH_BYTES = 256 << 20
 
 
 @dataclass
@@ -110,8 +115,10 @@ class GraphArrayHandler(type_handlers.ArrayHandler):
     async def deserialize(
         self, infos: Sequence[ParamInfo], args: Sequence[RestoreArgs] | None = None
     ) -> Sequence[Any]:
-        """Reads arrays as Orbax does, and makes keys of what were keys."""
-        arrays = list(await super().deserialize(infos, args))
+        """Reads arrays: those written without compression by location, any other as Orbax does."""
+        arrays = _read_plain(infos, args or ())
+        if arrays is None:
+            arrays = list(await super().deserialize(infos, args))
         if self._keys_are_ours and infos:
             impls = _key_impls(infos[0].parent_dir)
             for index, info in enumerate(infos):
@@ -122,7 +129,7 @@ class GraphArrayHandler(type_handlers.ArrayHandler):
     def finalize(self, directory: epath.Path) -> None:
         """Merges what was written beside the database into it, if nobody has; Orbax's savers do."""
         if not (directory / "manifest.ocdbt").exists():
-            _run(type_handlers.merge_ocdbt_per_process_files(directory, kv.context(), use_zarr3=False))
+            asyncio.run(type_handlers.merge_ocdbt_per_process_files(directory, kv.context(), use_zarr3=False))
 
 
 def write(
@@ -249,6 +256,51 @@ def _key_impls(parent: epath.Path) -> dict[str, str]:
         if impl:
             found[document["param_name"]] = impl
     return found
+
+
+def _read_plain(infos: Sequence[ParamInfo], args: Sequence[RestoreArgs]) -> list[Any] | None:
+    """All the arrays, where each is asked for as it is stored and stored as plain bytes; else None."""
+    plain = all(info.is_ocdbt_checkpoint and not info.use_zarr3 for info in infos)
+    if not plain or not args or len(args) != len(infos) or jax.process_count() > 1:
+        return None
+    try:
+        directory = os.fspath(infos[0].parent_dir)
+        reader = ZarrReader(directory, {value.key: value for value in kv.locate(directory)})
+    except (ValueError, CheckpointError):
+        return None
+    results: list[Any] = []
+    batch: list[Placement] = []
+    nbytes = 0
+    try:
+        for info, arg in zip(infos, args, strict=True):
+            placement = _placement(reader, info, arg)
+            if placement is None:
+                return None
+            batch.append(placement)
+            nbytes += placement.host.nbytes
+            if nbytes > _BATCH_BYTES:
+                results += place(batch)
+                batch, nbytes = [], 0
+        return results + place(batch)
+    finally:
+        reader.close()
+
+
+def _placement(reader: ZarrReader, info: ParamInfo, arg: RestoreArgs) -> Placement | None:
+    found = reader.spec(info.name)
+    if found is None or not isinstance(arg, type_handlers.ArrayRestoreArgs):
+        return None
+    shape, chunk_shape, dtype = found
+    same_shape = arg.global_shape is None or tuple(arg.global_shape) == shape
+    same_dtype = arg.dtype is None or (not is_key(arg.dtype) and np.dtype(arg.dtype) == dtype)
+    if not same_shape or not same_dtype or not isinstance(arg.sharding, jax.sharding.Sharding):
+        return None
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return None  # without x64; Orbax narrows it
+    host = reader.read(info.name, shape, chunk_shape, dtype)
+    if host is None:
+        return None
+    return Placement(host=host, spec=ArraySpec(shape=shape, dtype=dtype.name), sharding=arg.sharding)
 
 
 def _write_beside(

@@ -13,15 +13,18 @@ bytes in any process, on any day.
 
 from __future__ import annotations
 
+import gc
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
-from jaxckpt.graph.model import ArraySpec, ObjectGraph, ValueSpec
+from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
 from jaxckpt.storage.chunks import digest
+from jaxckpt.storage.columns import make
 from jaxckpt.storage.documents import EntryDoc, FilesDoc, SavedDoc
 from jaxckpt.storage.graph_decode import Problems, from_documents
 from jaxckpt.storage.graph_encode import to_documents
@@ -30,7 +33,7 @@ from jaxckpt.storage.layout import Entry, spec_at
 from jaxckpt.storage.paths import is_safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 NAME = "graph.json"
 VERSION = 1
@@ -175,7 +178,16 @@ def decode(data: bytes, source: str = NAME) -> Manifest:
             names every place.
         UnsupportedFormatError: it was written by a later release.
     """
-    document = _document(data, source)
+    collecting = gc.isenabled()
+    gc.disable()  # ten thousands of values without a cycle among them: looking for one doubles the time
+    try:
+        return _decode(_document(data, source), source)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _decode(document: _Document, source: str) -> Manifest:
     problems: Problems = []
     graph = from_documents(document.saved.graphs, problems)
     files = _files(document.files, problems)
@@ -261,60 +273,86 @@ def _files(document: FilesDoc, problems: Problems) -> Files:
 
 
 def _entries(documents: Sequence[EntryDoc], graph: ObjectGraph, problems: Problems) -> tuple[Entry, ...]:
-    entries: list[Entry] = []
-    keys: set[str] = set()
-    owned: set[tuple[int, ...]] = set()
-    for i, document in enumerate(documents):
-        where = f"saved.entries[{i}]"
-        owner = tuple(document.owner)
-        spec = spec_at(graph, owner)
-        entry = _entry(document, owner, spec, where, problems)
-        if entry is None:
-            continue
-        for key in (entry.key, *entry.alias_keys):
-            if key in keys:
-                problems.append(f"{where}.key: a second entry with the key {key!r}")
-            keys.add(key)
-        for leaf in (owner, *((alias,) for alias in entry.aliases)):
-            if leaf in owned:
-                problems.append(f"{where}.owner: a second entry for one leaf")
-            elif spec_at(graph, leaf) != spec:
-                problems.append(f"{where}.aliases: a leaf that is not there, or another array")
-            owned.add(leaf)
-        entries.append(entry)
-    for index, leaf in enumerate(graph.leaves):
-        if (index,) not in owned and (
-            isinstance(leaf.spec, ArraySpec) or (isinstance(leaf.spec, ValueSpec) and leaf.spec.value is None)
-        ):
-            problems.append(f"saved.entries: none for the leaf {leaf.key!r}")
-    return tuple(entries)
+    owners = [tuple(document.owner) for document in documents]
+    specs = [spec_at(graph, owner) for owner in owners]
+    forms: dict[tuple[int, tuple[int, ...], int | None], tuple[str, tuple[int, ...]] | None] = {}
+    found: list[tuple[str, tuple[int, ...]]] = []
+    chunk_shapes = [tuple(document.chunk_shape) for document in documents]
+    for i, (document, spec, chunk_shape) in enumerate(zip(documents, specs, chunk_shapes, strict=True)):
+        form = (id(spec), chunk_shape, document.bytes)
+        if form not in forms:
+            forms[form] = _form(document, spec, chunk_shape)
+        stored = forms[form]
+        if stored is None or not _HEX.fullmatch(document.digest):
+            problems.append(f"saved.entries[{i}]: no leaf with that owner, chunk shape and digest can be")
+        else:
+            found.append(stored)
+    if problems:
+        return ()
+    _check_owners(documents, owners, specs, graph, problems)
+    keys = [key for document in documents for key in (document.key, *document.alias_keys)]
+    if len(set(keys)) != len(keys):
+        twice = [key for key, number in Counter(keys).items() if number > 1]
+        problems.append(f"saved.entries: several have the key {twice[0]!r}")
+    return make(
+        Entry,
+        len(documents),
+        owner=owners,
+        aliases=[tuple(document.aliases) for document in documents],
+        key=[document.key for document in documents],
+        alias_keys=[tuple(document.alias_keys) for document in documents],
+        dtype=[dtype for dtype, _ in found],
+        shape=[shape for _, shape in found],
+        chunk_shape=chunk_shapes,
+        raw=[document.raw for document in documents],
+        visible=[document.visible for document in documents],
+    )
 
 
-def _entry(
-    document: EntryDoc, owner: tuple[int, ...], spec: Any, where: str, problems: Problems
-) -> Entry | None:
+def _form(
+    document: EntryDoc, spec: ArraySpec | ValueSpec | None, chunk_shape: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]] | None:
+    """Dtype and shape of what is stored; None if there is no such leaf, or not in such chunks."""
     if isinstance(spec, ArraySpec) and document.bytes is None:
         dtype, shape = spec.dtype, spec.stored_shape
     elif isinstance(spec, ValueSpec) and spec.value is None and 0 <= (document.bytes or 0) < 1 << 62:
         dtype, shape = "uint8", (document.bytes or 0,)
     else:
-        problems.append(f"{where}.owner: no leaf whose value lies in the database")
         return None
-    chunk_shape = tuple(document.chunk_shape)
     fits = len(chunk_shape) == len(shape) and all(
         1 <= part <= max(1, length) for part, length in zip(chunk_shape, shape, strict=True)
     )
-    if not fits or not _HEX.fullmatch(document.digest) or not _DTYPE.fullmatch(dtype):
-        problems.append(f"{where}: a chunk shape, digest or dtype that cannot be")
-        return None
-    return Entry(
-        owner=owner,
-        aliases=tuple(document.aliases),
-        key=document.key,
-        alias_keys=tuple(document.alias_keys),
-        dtype=dtype,
-        shape=shape,
-        chunk_shape=chunk_shape,
-        raw=document.raw,
-        visible=document.visible,
-    )
+    return (dtype, shape) if fits and _DTYPE.fullmatch(dtype) else None
+
+
+def _check_owners(
+    documents: Sequence[EntryDoc],
+    owners: Sequence[tuple[int, ...]],
+    specs: Sequence[ArraySpec | ValueSpec | None],
+    graph: ObjectGraph,
+    problems: Problems,
+) -> None:
+    """That each leaf that lies in the database has one entry, and that aliases are of one kind."""
+    owned = set(owners)
+    count = len(owners)
+    for i, document in enumerate(documents):
+        for alias in document.aliases:
+            if spec_at(graph, (alias,)) != specs[i]:
+                problems.append(f"saved.entries[{i}].aliases: a leaf that is not there, or another array")
+            owned.add((alias,))
+        count += len(document.aliases)
+    if len(owned) != count:
+        problems.append("saved.entries: several are of one leaf")
+    problems += [f"saved.entries: none for {key!r}" for path, key in _stored(graph) if path not in owned]
+
+
+def _stored(graph: ObjectGraph) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Path and key of every leaf whose value lies in the database."""
+    waiting: list[tuple[tuple[int, ...], ObjectGraph]] = [((), graph)]
+    for path, inner in waiting:
+        for index, leaf in enumerate(inner.leaves):
+            spec = leaf.spec
+            if isinstance(spec, ArraySpec) or (isinstance(spec, ValueSpec) and spec.value is None):
+                yield (*path, index), leaf.key
+            elif isinstance(spec, IteratorSpec) and spec.state is not None:
+                waiting.append(((*path, index), spec.state))  # the list is the queue

@@ -43,6 +43,7 @@ class OpenCheckpoint:
         entries, graph = self.manifest.entries, self.manifest.graph
         tables = [self._table(name, expected) for name, expected in self.manifest.files.tables.items()]
         self._values = ValueReader(self.path, tables, [names(graph, entry) for entry in entries])
+        self._nbytes = [_nbytes(entry) for entry in entries]
         self._entries: dict[Owner, int] = {}
         for index, entry in enumerate(entries):
             self._entries[entry.owner] = index
@@ -69,8 +70,11 @@ class OpenCheckpoint:
 
     def nbytes(self, leaf: int) -> int:
         """Bytes that reading a leaf takes; Python values in the manifest take none."""
-        found = [self._entries[owner] for owner in _owners(self.graph, (leaf,)) if owner in self._entries]
-        return sum(_nbytes(self.manifest.entries[index]) for index in found)
+        index = self._entries.get((leaf,))
+        if index is not None:
+            return self._nbytes[index]
+        found = [self._entries.get(owner, -1) for owner in _owners(self.graph, (leaf,))]
+        return sum(self._nbytes[index] for index in found if index >= 0)
 
     def digest(self, leaf: int) -> Any:
         """Equal for two leaves whose stored arrays are equal and laid out alike."""

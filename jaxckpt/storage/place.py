@@ -83,7 +83,7 @@ def place(placements: Sequence[Placement]) -> list[Any]:
         if placement.spec.array_type in ("numpy", "scalar"):
             results[index] = _numpy(placement)
         else:
-            jobs.append(_Job(index, placement, *_where(placement, default)))
+            jobs.append(_Job(index, placement, _is_weak(placement), *_where(placement, default)))
     if jobs:
         in_own_thread(lambda: _run(jobs, results))
     return results
@@ -94,6 +94,7 @@ class _Job(NamedTuple):
 
     number: int
     placement: Placement
+    weak: bool
     to: Any
     device: Any
 
@@ -123,6 +124,13 @@ def _where(placement: Placement, default: Any) -> tuple[Any, Any]:
     return _layout(like) or _concrete(sharding), None
 
 
+def _is_weak(placement: Placement) -> bool:
+    if isinstance(placement.like, jax.Ref):  # the type of what it holds is the Ref's to say
+        inner: Any = getattr(jax.typeof(placement.like), "inner_aval", None)
+        return bool(getattr(inner, "weak_type", placement.spec.weak_type))
+    return placement.spec.weak_type
+
+
 def _layout(like: Any) -> Format | None:
     """The target's format where its layout is not row-major, which is what there is without a word."""
     if len(like.shape) < 2 or isinstance(like, jax.Ref) or is_key(like.dtype):
@@ -149,14 +157,14 @@ def _concrete(sharding: Any) -> Any:
 def _run(jobs: list[_Job], results: list[Any]) -> None:
     groups: defaultdict[Any, list[_Job]] = defaultdict(list)
     for job in jobs:
-        host, spec = job.placement.host, job.placement.spec
-        groups[host.shape, host.dtype, spec.weak_type, job.to, job.device].append(job)
+        host = job.placement.host
+        groups[host.shape, host.dtype, job.weak, job.to, job.device].append(job)
     made: list[jax.Array] = []
     for (_, _, _, to, device), members in groups.items():
         # an uncommitted array goes to the default device, whatever program or call makes it
         with jax.default_device(device) if to is None else contextlib.nullcontext():
             done = _in_groups(members)
-            done += [_make(job.placement, to) for job in members[len(done) :]]
+            done += [_make(job) for job in members[len(done) :]]
         made += done
         for job, array in zip(members, done, strict=True):
             spec = job.placement.spec
@@ -177,10 +185,9 @@ def _wrap(array: jax.Array, spec: ArraySpec, to: Any) -> Any:
 
 def _in_groups(jobs: list[_Job]) -> list[jax.Array]:
     """The first so many of the arrays, by programs; none where that does not pay."""
-    placement, to = jobs[0].placement, jobs[0].to
-    host, spec = placement.host, placement.spec
+    host, to = jobs[0].placement.host, jobs[0].to
     plain = to is None or (isinstance(to, SingleDeviceSharding) and _is_default_memory(to))
-    if len(jobs) < _LEAST or host.nbytes > _SMALL_BYTES or not plain or spec.weak_type:
+    if len(jobs) < _LEAST or host.nbytes > _SMALL_BYTES or not plain or jobs[0].weak:
         return []
     if host.dtype.name in _NO_PROGRAMS:
         return []
@@ -214,11 +221,11 @@ def _is_default_memory(sharding: SingleDeviceSharding) -> bool:
     return sharding.memory_kind in (None, device.default_memory().kind)
 
 
-def _make(placement: Placement, to: Any) -> jax.Array:
-    host, spec = placement.host, placement.spec
+def _make(job: _Job) -> jax.Array:
+    host, spec, to = job.placement.host, job.placement.spec, job.to
     if spec.array_type == "key":
         to = _of_bits(to, spec)
-    zero = _WEAK.get(host.dtype.name) if spec.weak_type else None
+    zero = _WEAK.get(host.dtype.name) if job.weak else None
     if zero is None:
         return _put(host, to)
     with jax.enable_x64(host.dtype.name in ("float64", "int64", "complex128")):
