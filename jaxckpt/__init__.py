@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from jaxckpt.reader import list_variables as list_variables
     from jaxckpt.reader import load_checkpoint as load_checkpoint
     from jaxckpt.report import SaveReport as SaveReport
-    from jaxckpt.restoring import restore as restore
     from jaxckpt.restored import Restored as Restored
+    from jaxckpt.restoring import restore as restore
     from jaxckpt.saving import save as save
     from jaxckpt.saving import save_async as save_async
     from jaxckpt.storage.retention import CheckpointInfo as CheckpointInfo

@@ -13,8 +13,8 @@ from jaxckpt.graph.model import Structure
 from jaxckpt.graph.rebuild import known_classes
 from jaxckpt.graph.walk import child_names
 from jaxckpt.numbered import save_numbered
-from jaxckpt.restoring import restore
 from jaxckpt.restored import Restored
+from jaxckpt.restoring import restore
 from jaxckpt.saving import save
 
 
@@ -42,8 +42,8 @@ class Checkpoint:
         for name in edges:
             if name == "save_counter" or name in _RESERVED:
                 raise ValueError(
-                    f"{name!r} cannot be the name of an edge: Checkpoint.{name} means something else. Rename it, "
-                    f"or save a plain dict: jaxckpt.save(path, {{{name!r}: ...}})"
+                    f"{name!r} cannot be the name of an edge: Checkpoint.{name} means something else. Rename"
+                    f" it, or save a plain dict: jaxckpt.save(path, {{{name!r}: ...}})"
                 )
         taken = {} if root is None else dict.fromkeys(child_names(root))
         for name in edges:
@@ -85,7 +85,8 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         edges = [f"{name}={type(value).__name__}" for name, value in self._edges.items()]
-        return f"Checkpoint({', '.join([type(self._root).__name__, *edges] if self._root is not None else edges)})"
+        root = [] if self._root is None else [type(self._root).__name__]
+        return f"Checkpoint({', '.join([*root, *edges])})"
 
     def replace(self, **edges: Any) -> Self:
         """A copy in which these edges have other values; new names are added."""

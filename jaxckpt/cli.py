@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,7 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo", help="train on handwritten digits, be killed in the middle of a save, resume bit for bit"
     )
-    demo.add_argument("directory", nargs="?", help="where to keep the checkpoints (default: a temporary directory)")
+    demo.add_argument(
+        "directory",
+        nargs="?",
+        help="its checkpoints go into DIRECTORY/jaxckpt-demo, or the first such name that is free "
+        "(default: a temporary directory)",
+    )
     options = parser.parse_args(arguments)
     from jaxckpt import demo as program  # imports jax and flax, which `--help` can do without
 

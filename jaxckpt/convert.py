@@ -15,7 +15,7 @@ from jaxckpt.storage.dtypes import dtype_name, numpy_dtype
 Array = npt.NDArray[Any]
 
 
-class Misfit(Exception):
+class MisfitError(Exception):
     """A value, once read, does not fit its place; becomes a `Problem`."""
 
     def __init__(self, *, kind: ProblemKind, saved: str, wanted: str, hint: str = "") -> None:
@@ -40,7 +40,7 @@ def convert(value: Any, saved: LeafSpec, wanted: LeafSpec, *, cast: bool) -> Any
         cast: whether a float may lose precision.
 
     Raises:
-        Misfit: it cannot be done without a loss that was not asked for.
+        MisfitError: it cannot be done without a loss that was not asked for.
     """
     if isinstance(wanted, ArraySpec):
         dtype = numpy_dtype(wanted.dtype)
@@ -48,7 +48,7 @@ def convert(value: Any, saved: LeafSpec, wanted: LeafSpec, *, cast: bool) -> Any
             return _exact_array(value, dtype, saved, wanted, cast)
         return value if value.dtype == dtype else _cast(value, dtype, saved, wanted)
     if isinstance(wanted, ValueSpec) and isinstance(saved, ArraySpec):
-        return _exact_value(value, saved, wanted)
+        return _exact_value(value, wanted)
     return value
 
 
@@ -56,16 +56,19 @@ def check_result(result: Any, wanted: LeafSpec, sources: str) -> Any:
     """What a transform gave, as a host array, or as a Python value where the target has one.
 
     Raises:
-        Misfit: its shape or dtype is not the target's.
+        MisfitError: its shape or dtype is not the target's.
     """
     array = np.asarray(result)
     if isinstance(wanted, ValueSpec):
-        return _exact_value(array, ArraySpec(shape=array.shape, dtype=dtype_name(array.dtype)), wanted)
+        if array.shape or _number_type(array.dtype) != wanted.type:
+            given = f"{dtype_name(array.dtype)}[{', '.join(map(str, array.shape))}]"
+            raise MisfitError(kind="kind", saved=f"{given} (the transform of {sources})", wanted=str(wanted))
+        return _exact_value(array, wanted)
     assert isinstance(wanted, ArraySpec)
     if array.shape != wanted.stored_shape or array.dtype != numpy_dtype(wanted.dtype):
         given = f"{dtype_name(array.dtype)}[{', '.join(map(str, array.shape))}]"
         kind: ProblemKind = "shape" if array.shape != wanted.stored_shape else "dtype"
-        raise Misfit(
+        raise MisfitError(
             kind=kind,
             saved=f"{given} (the transform of {sources})",
             wanted=str(wanted),
@@ -90,7 +93,7 @@ def _cast(value: Array, dtype: np.dtype[Any], saved: LeafSpec, wanted: LeafSpec)
         low, high = _bounds(dtype)
         least, most = int(value.min()), int(value.max())
         if least < low or most > high:
-            raise Misfit(
+            raise MisfitError(
                 kind="dtype",
                 saved=f"{saved} with values from {least} to {most}",
                 wanted=f"{wanted}, which holds {low} to {high}",
@@ -103,7 +106,7 @@ def _exact_array(value: Any, dtype: np.dtype[Any], saved: ValueSpec, wanted: Arr
     if _is_integer(dtype):
         low, high = _bounds(dtype)
         if not low <= value <= high:
-            raise Misfit(
+            raise MisfitError(
                 kind="dtype", saved=f"the int {value}", wanted=f"{wanted}, which holds {low} to {high}"
             )
         return (
@@ -116,7 +119,7 @@ def _exact_array(value: Any, dtype: np.dtype[Any], saved: ValueSpec, wanted: Arr
         return array
     back = array.astype(np.asarray(value).dtype).item()
     if back != value and not (value != value and back != back):  # NaN is NaN
-        raise Misfit(
+        raise MisfitError(
             kind="dtype",
             saved=f"the {saved.type} {value!r}",
             wanted=f"{wanted}, which would hold {back!r}",
@@ -125,10 +128,17 @@ def _exact_array(value: Any, dtype: np.dtype[Any], saved: ValueSpec, wanted: Arr
     return array
 
 
-def _exact_value(value: Array, saved: ArraySpec, wanted: ValueSpec) -> Any:
+def _exact_value(value: Array, wanted: ValueSpec) -> Any:
     item = value.item() if value.dtype.kind in "biufc" else value.astype(np.float64).item()
     kinds: dict[str, type[Any]] = {"int": int, "float": float, "complex": complex, "bool": bool}
     return kinds[wanted.type](item)
+
+
+def _number_type(dtype: np.dtype[Any]) -> str:
+    """The Python type that a number of this dtype becomes."""
+    if _is_integer(dtype):
+        return "int"
+    return {"b": "bool", "c": "complex", "f": "float", "V": "float"}.get(dtype.kind, "")
 
 
 def _is_integer(dtype: np.dtype[Any]) -> bool:

@@ -110,7 +110,7 @@ def make_step(optimizer: optax.GradientTransformation) -> Callable[..., dict[str
 
         def loss_of(params: Any) -> jax.Array:
             noisy = images + 0.05 * jax.random.normal(noise, images.shape)
-            logits = Net().apply({"params": params}, noisy)
+            logits: Any = Net().apply({"params": params}, noisy)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state["net"])
@@ -130,7 +130,7 @@ def train(directory: Path) -> None:
     """Trains to the last step, from the newest checkpoint of the directory where there is one."""
     optimizer = optax.adam(1e-3)
     step = make_step(optimizer)
-    saves: list[tuple[jaxckpt.SaveFuture, jax.Array]] = []
+    saves: list[tuple[jaxckpt.SaveFuture, float]] = []
     with jaxckpt.CheckpointManager(directory, max_to_keep=3, save_every=10) as manager:
         state, status = manager.restore({**init(optimizer), "data": Digits(directory.parent / IMAGES)})
         if manager.latest_checkpoint:
@@ -141,20 +141,21 @@ def train(directory: Path) -> None:
         batches = state.pop("data")
         for number in range(int(state["step"]) + 1, STEPS + 1):
             state = step(state, *next(batches))
+            loss = float(state["loss"])
             future = manager.save({**state, "data": batches}, step=number)
             if future is not None:  # else it was not this step's turn
-                saves.append((future, jnp.copy(state["loss"])))
+                saves.append((future, loss))
             while saves and saves[0][0].done():
                 _tell(*saves.pop(0))
     for save in saves:  # closing the manager has waited for them
         _tell(*save)
 
 
-def _tell(future: jaxckpt.SaveFuture, loss: jax.Array) -> None:
+def _tell(future: jaxckpt.SaveFuture, loss: float) -> None:
     report = future.result()
     times = f"training waited {report.seconds_blocked * 1e3:.0f} of {report.seconds * 1e3:.0f} ms"
     print(
-        f"Saved checkpoint for step {report.step}: {report.path} (loss {float(loss):.4f}; {times})",
+        f"Saved checkpoint for step {report.step}: {report.path} (loss {loss:.4f}; {times})",
         flush=True,
     )
 
@@ -226,7 +227,7 @@ def main(directory: str | None = None) -> int:
 
     _say(f"2. The same program in {killed}, killed (SIGKILL) in the middle of a save")
     leftover = killed_in_a_save(killed)
-    print(f"Killed. Half-written: {leftover}\nWhole: {', '.join(_checkpoints(killed))}")
+    print(f"Killed.\nHalf-written: {leftover}\nWhole: {', '.join(_checkpoints(killed))}")
 
     _say("3. The same program again: it resumes by itself")
     subprocess.run(_command(killed), check=True)
@@ -238,9 +239,7 @@ def main(directory: str | None = None) -> int:
     same = f"{len(ours) - len(different)} of {len(ours)} values of {last} are bit-equal in both runs"
     print(f"{same}: parameters, slots, counts, random key, loss, position in the data.")
 
-    _say(
-        "4. The graph of that checkpoint; a dotted edge is a slot, which its optimizer keeps for the parameter"
-    )
+    _say("4. The graph of that checkpoint: a dotted edge leads to what the optimizer keeps for a parameter")
     print(ours.graph)
 
     _say("5. The optimizer becomes chain(clip_by_global_norm, adam(schedule)); no moment is lost")

@@ -1,21 +1,21 @@
 """Every error and warning of jaxckpt.
 
-    CheckpointError
-    ├── CheckpointNotFoundError   (FileNotFoundError)  the only one that may mean "start fresh"
-    ├── CheckpointExistsError     (FileExistsError)    the path is taken; ``overwrite=True`` replaces it
-    ├── CorruptCheckpointError                         bytes differ from what was written; names keys and files
-    ├── UnsupportedFormatError                         not a format, or not a version, that this release reads
-    ├── UnsupportedLeafError      (TypeError)          a leaf that cannot be saved; names its key
-    ├── DirectoryInUseError                            another live process writes to the directory
-    ├── SaveError                 (OSError)            a write that failed: path, bytes wanted, cause
-    ├── RestoreError              (ValueError)         target and checkpoint differ; lists every problem
-    └── RestoreAssertionError     (AssertionError)     an assertion on a restore status does not hold
+CheckpointError
+├── CheckpointNotFoundError   (FileNotFoundError)  the only one that may mean "start fresh"
+├── CheckpointExistsError     (FileExistsError)    the path is taken; ``overwrite=True`` replaces it
+├── CorruptCheckpointError                         bytes differ from what was written; names keys and files
+├── UnsupportedFormatError                         not a format, or not a version, that this release reads
+├── UnsupportedLeafError      (TypeError)          a leaf that cannot be saved; names its key
+├── DirectoryInUseError                            another live process writes to the directory
+├── SaveError                 (OSError)            a write that failed: path, bytes wanted, cause
+├── RestoreError              (ValueError)         target and checkpoint differ; lists every problem
+└── RestoreAssertionError     (AssertionError)     an assertion on a restore status does not hold
 
-    CheckpointWarning             (UserWarning)
-    ├── CorruptCheckpointWarning                       a damaged checkpoint was passed over for an older one
-    ├── SlotsLeftOutWarning                            an optimizer was saved without its parameters
-    ├── RestoreIgnoredWarning                          the result of a restore was thrown away
-    └── NewerCheckpointsWarning                        an older step was restored while later ones exist
+CheckpointWarning             (UserWarning)
+├── CorruptCheckpointWarning                       a damaged checkpoint was passed over for an older one
+├── SlotsLeftOutWarning                            an optimizer was saved without its parameters
+├── RestoreIgnoredWarning                          the result of a restore was thrown away
+└── NewerCheckpointsWarning                        an older step was restored while later ones exist
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxckpt.convert import MisfitError, check_result, convert, describe, same
 from jaxckpt.errors import Problem, RestoreError
 from jaxckpt.graph.flatten import Flat, flatten
 from jaxckpt.graph.match import Fill, Match
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph
 from jaxckpt.initialize import Initializer
-from jaxckpt.progress import Report
+from jaxckpt.progress import Report, silent
 from jaxckpt.reader import CheckpointReader
 from jaxckpt.storage import devices
-from jaxckpt.convert import Misfit, check_result, convert, describe, same
 
 #: Host bytes read at once, when nothing else is asked for.
 DEFAULT_MEMORY_LIMIT = 2 << 30
@@ -58,7 +58,7 @@ class Filler:
         fills: Sequence[Fill],
         *,
         memory_limit: int | None,
-        progress: Report = lambda done, total: None,
+        progress: Report = silent,
     ) -> None:
         self._reader = reader
         self._leaves = graph.leaves
@@ -109,7 +109,7 @@ class Filler:
                 continue
             try:
                 value = self._value(index, values)
-            except Misfit as misfit:
+            except MisfitError as misfit:
                 self._problems.append(misfit.problem(leaf.key))
                 continue
             if isinstance(leaf.spec, ArraySpec):
@@ -207,7 +207,7 @@ def fill_matched(
     values: Sequence[Any],
     *,
     memory_limit: int | None,
-    progress: Report = lambda done, total: None,
+    progress: Report = silent,
 ) -> tuple[tuple[Any, ...], Match]:
     """Carries out a match.
 
@@ -226,7 +226,9 @@ def fill_matched(
     Raises:
         RestoreError: a value does not fit; nothing was changed.
     """
-    filler = Filler(reader, flat.graph, flat.values, found.fills, memory_limit=memory_limit, progress=progress)
+    filler = Filler(
+        reader, flat.graph, flat.values, found.fills, memory_limit=memory_limit, progress=progress
+    )
     filled = filler.fill(wanted)
     if filler.unequal:
         found = found.revise(unequal=filler.unequal)

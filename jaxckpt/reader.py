@@ -171,7 +171,7 @@ def open_exact(path: PathLike) -> CheckpointReader:
         if newest is None:
             raise
         raise UnsupportedFormatError(
-            f"{path} is a directory of checkpoints: give one of them, as in latest_checkpoint(...), now {newest}"
+            f"{path} is a directory of checkpoints: give one of them, such as the newest, {newest}"
         ) from error
 
 

@@ -78,8 +78,8 @@ class Restored:
         ]
         if unfilled:
             raise RestoreError(
-                f"{_listed(unfilled)}: abstract in the target and not in the checkpoint. Fill what is missing with "
-                ".initialize(init_fn), or give arrays in the target"
+                f"{_listed(unfilled)}: abstract in the target and not in the checkpoint. Fill what is "
+                "missing with .initialize(init_fn), or give arrays in the target"
             )
         return state.flat.unflatten(state.values)
 

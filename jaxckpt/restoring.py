@@ -35,7 +35,7 @@ def restore(
     memory_limit: int | None = None,
     progress: Progress = None,
 ) -> Restored:
-    """Restores a pytree by name: ``tree, status = restore(path, target)``.
+    """Restores a pytree by name, as in ``tree, status = jaxckpt.restore(path, target)``.
 
     The target decides: its structure, which leaves are read, and each result's type. Strict by default:
     every leaf of the target must be in the checkpoint with its shape and dtype.
@@ -94,7 +94,14 @@ def restore(
             reader, flat, found, wanted, own, memory_limit=memory_limit, progress=report
         )
     return Restored(
-        State(flat=flat, values=values, status=found.status, reader=reader, rules=rules, memory_limit=memory_limit)
+        State(
+            flat=flat,
+            values=values,
+            status=found.status,
+            reader=reader,
+            rules=rules,
+            memory_limit=memory_limit,
+        )
     )
 
 

@@ -23,7 +23,7 @@ from jaxckpt.reader import CheckpointReader, PathLike, has_value, open_exact
 from jaxckpt.restored import Restored, State
 from jaxckpt.storage.dtypes import numpy_dtype
 
-#: Where arrays go: a `jax.sharding.Sharding`, a function of (key, ShapeDtypeStruct), `numpy.ndarray`, or None.
+#: Where arrays go: a `jax.sharding.Sharding`, a function of (key, ShapeDtypeStruct), `numpy.ndarray`, None.
 Where = Any
 
 
@@ -62,7 +62,14 @@ def restore_saved(
     flat = flatten(rebuild(graph, [filled.get(index, ...) for index in range(len(leaves))]), target=True)
     status = RestoreStatus(restored={keys[index]: (graph.leaves[index].key,) for index in wanted})
     return Restored(
-        State(flat=flat, values=flat.values, status=status, reader=reader, rules=rules, memory_limit=memory_limit)
+        State(
+            flat=flat,
+            values=flat.values,
+            status=status,
+            reader=reader,
+            rules=rules,
+            memory_limit=memory_limit,
+        )
     )
 
 
@@ -79,7 +86,7 @@ def _below(graph: ObjectGraph, at: str) -> tuple[ObjectGraph, dict[int, str]]:
         only = [index for index, leaf in enumerate(view.leaves) if leaf is not None and leaf.key == ROOT]
         if len(only) != 1:
             raise RestoreError(
-                f"at={at!r} is a part of an optimizer, which has no structure of its own: give a target for it"
+                f"at={at!r} is a part of an optimizer, which has no structure of its own: give a target"
             )
         structure = Structure(type="leaf", leaf=only[0])
     below = replace(graph, structure=structure)
@@ -131,8 +138,7 @@ def abstract(key: str, spec: ArraySpec, sharding: Where) -> jax.ShapeDtypeStruct
         return plain
     if not isinstance(where, jax.sharding.Sharding):
         raise TypeError(
-            f"sharding= takes a jax.sharding.Sharding, a function of (key, ShapeDtypeStruct) that gives one or "
-            f"None, or numpy.ndarray; for {key} it is {where!r}"
+            "sharding= takes a jax.sharding.Sharding, a function of (key, ShapeDtypeStruct) that gives one "
+            f"or None, or numpy.ndarray; for {key} it is {where!r}"
         )
     return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where, weak_type=spec.weak_type)
-

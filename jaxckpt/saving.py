@@ -20,8 +20,8 @@ from jaxckpt.progress import Progress, shown
 from jaxckpt.report import SaveReport
 from jaxckpt.storage import directory, hold
 from jaxckpt.storage.dtypes import numpy_dtype
-from jaxckpt.storage.layout import Entry, layout, orbax_values, value_bytes
 from jaxckpt.storage.json_values import freeze_json
+from jaxckpt.storage.layout import Entry, layout, orbax_values, value_bytes
 from jaxckpt.storage.spelling import places
 from jaxckpt.storage.stage import Contents, Facts, write_stage
 from jaxckpt.writer import SaveFuture, writer
@@ -178,9 +178,9 @@ def warn_left_out(graph: ObjectGraph) -> None:
         {leaf.state.optimizer for leaf in graph.leaves if leaf.state and leaf.kind == "skipped"}
     )
     warnings.warn(
-        f"{graph.left_out} slots of {', '.join(optimizers)} are left out, because the parameters that they belong "
-        "to are not in the tree: save both in one checkpoint, or jaxckpt.Values(state) to save every leaf as a "
-        "plain variable",
+        f"{graph.left_out} slots of {', '.join(optimizers)} are left out, because the parameters that they "
+        "belong to are not in the tree: save both in one checkpoint, or jaxckpt.Values(state) to save every "
+        "leaf as a plain variable",
         SlotsLeftOutWarning,
         stacklevel=5,
     )

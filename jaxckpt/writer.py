@@ -8,6 +8,7 @@ nothing has to start a thread while the interpreter shuts down, which Python 3.1
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -167,10 +168,8 @@ def _report_at_exit() -> None:
     atexit.unregister(_report_at_exit)
     _run_exit_handlers()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: there is nobody left to tell
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass  # closed or gone: there is nobody left to tell
     os._exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -102,6 +103,12 @@ def _make(module: Any, name: str) -> Any:
 
 def transforms() -> dict[str, Any]:
     """By name: every public function of optax and optax.contrib that gives a transform with an init."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _transforms()
+
+
+def _transforms() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for prefix, module in (("", optax), ("contrib.", optax.contrib)):
         for name in sorted(vars(module)):

@@ -249,11 +249,11 @@ def test_rules_that_say_nothing_or_too_much(tmp_path):
     jaxckpt.save(tmp_path / "a", layers(0, 1, 2))
     for rename in ({"layer/0": "layers/1"}, {"layers/0": "layers/1"}, {"layers/7": None}):
         with pytest.raises((jaxckpt.RestoreError, ValueError), match="layer"):
-            jaxckpt.restore(tmp_path / "a", layers(9, 9, 9), rename=rename).tree  # noqa: B018
+            jaxckpt.restore(tmp_path / "a", layers(9, 9, 9), rename=rename).tree
     jaxckpt.save(tmp_path / "b", {"new": jnp.ones(1)})
     turned_round = pytest.raises((jaxckpt.RestoreError, ValueError), match=r"'new': 'old'|turned round")
     with turned_round:
-        jaxckpt.restore(tmp_path / "b", {"old": jnp.ones(1)}, rename={"old": "new"}).tree  # noqa: B018
+        jaxckpt.restore(tmp_path / "b", {"old": jnp.ones(1)}, rename={"old": "new"}).tree
 
 
 def test_momentum_does_not_shift_with_the_layers(tmp_path):

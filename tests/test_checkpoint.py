@@ -16,7 +16,10 @@ from jaxckpt import Checkpoint
 def test_edges_are_attributes_in_sorted_order():
     ckpt = Checkpoint(step=jnp.int32(3), net={"w": jnp.ones(2)})
     assert ckpt.step == 3
-    assert [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(ckpt)] == [".net['w']", ".step"]
+    assert [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(ckpt)] == [
+        ".net['w']",
+        ".step",
+    ]
     assert repr(ckpt) == "Checkpoint(net=dict, step=ArrayImpl)"
     assert [leaf.key for leaf in jaxckpt.object_graph(ckpt).leaves] == ["net/w", "step"]
 

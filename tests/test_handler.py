@@ -1,3 +1,4 @@
+import asyncio
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import type_handlers
 
@@ -55,8 +57,6 @@ def test_driven_by_our_writer(tmp_path):
     }
     restore = [type_handlers.ArrayRestoreArgs(sharding=jnp.zeros(1).sharding)] * 2
     reader = handler.GraphArrayHandler()
-    import asyncio
-
     got = asyncio.run(reader.deserialize(infos(tmp_path, ["net.big", "tied"]), restore))
     for array in got:
         np.testing.assert_array_equal(array, big)
@@ -143,6 +143,29 @@ REGISTERED = """
 
 def test_registered_with_orbax():
     assert run(REGISTERED).endswith("ok\n")
+
+
+def test_what_is_stored_otherwise_is_left_to_orbax(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    tree = {"a": jnp.arange(2048.0), "b": jnp.ones((4, 4))}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(theirs, tree)  # compressed
+    ours.mkdir()
+    handler.write(
+        str(ours), [kv.ArrayWrite(key=k, host=np.asarray(v), chunk_shape=v.shape) for k, v in tree.items()]
+    )
+    where = jnp.zeros(1).sharding
+    exact = [
+        type_handlers.ArrayRestoreArgs(sharding=where, global_shape=v.shape, dtype=v.dtype)
+        for v in tree.values()
+    ]
+    cast = [type_handlers.ArrayRestoreArgs(sharding=where, dtype=jnp.bfloat16) for _ in tree]
+    for directory, args in ((ours, exact), (ours, cast), (theirs, exact), (theirs, cast)):
+        plain = handler._read_plain(infos(directory, tree), args)
+        assert (plain is not None) == (directory == ours and args is exact)
+        got = asyncio.run(handler.GraphArrayHandler().deserialize(infos(directory, tree), args))
+        for array, want in zip(got, tree.values(), strict=True):
+            np.testing.assert_array_equal(array, want.astype(array.dtype))
 
 
 def test_a_failed_save_of_orbax_before_hangs_nothing():

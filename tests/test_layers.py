@@ -17,7 +17,20 @@ LAYERS = [
     ["errors", "report"],
     ["graph"],
     ["storage"],
-    ["progress", "writer", "listing", "saving", "numbered", "reader", "convert", "initialize", "fill", "restored", "saved", "restoring"],
+    [
+        "progress",
+        "writer",
+        "listing",
+        "saving",
+        "numbered",
+        "reader",
+        "convert",
+        "initialize",
+        "fill",
+        "restored",
+        "saved",
+        "restoring",
+    ],
     ["cadence", "checkpoint", "manager"],
     ["cli", "demo"],
 ]
@@ -69,10 +82,7 @@ def layer(module: str) -> int:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__", "__main__")])
 def test_imports_point_down(module):
-    if module.endswith("__init__"):
-        module_layer = layer(module.removesuffix(".__init__"))
-    else:
-        module_layer = layer(module)
+    module_layer = layer(module.removesuffix(".__init__"))
     for name in imports(MODULES[module], everywhere=True):
         inner = name.removeprefix("jaxckpt.")
         if name.startswith("jaxckpt.") and inner in MODULES:
@@ -108,7 +118,9 @@ def test_files_and_functions_stay_small():
 
 
 def test_public_names_are_the_namespace():
-    assert sorted(jaxckpt.__all__) == sorted(set(dir(jaxckpt)) - {n for n in dir(jaxckpt) if n.startswith("_")})
+    assert sorted(jaxckpt.__all__) == sorted(
+        set(dir(jaxckpt)) - {n for n in dir(jaxckpt) if n.startswith("_")}
+    )
     for name in jaxckpt.__all__:
         value = getattr(jaxckpt, name)
         assert value.__doc__, f"jaxckpt.{name} has no docstring"

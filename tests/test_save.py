@@ -29,7 +29,16 @@ def test_the_report_says_what_was_done(tmp_path):
     assert report.not_saved == ("f",)
     assert report.nbytes == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert 0 <= report.seconds_blocked <= report.seconds
-    assert list(report.stages) == ["flatten", "wait", "snapshot", "queue", "digest", "write", "manifest", "commit"]
+    assert list(report.stages) == [
+        "flatten",
+        "wait",
+        "snapshot",
+        "queue",
+        "digest",
+        "write",
+        "manifest",
+        "commit",
+    ]
 
 
 def test_slots_without_their_parameters_are_left_out_and_said(tmp_path):
@@ -205,7 +214,9 @@ def test_many_saves_from_many_threads(tmp_path):
         thread.join()
     for number in range(4):
         for round_ in range(4):
-            assert (jaxckpt.load_checkpoint(tmp_path / f"{number}-{round_}")["x"] == number * 10 + round_).all()
+            assert (
+                jaxckpt.load_checkpoint(tmp_path / f"{number}-{round_}")["x"] == number * 10 + round_
+            ).all()
 
 
 def test_imports_of_a_first_save():

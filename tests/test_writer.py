@@ -29,7 +29,10 @@ def started(log, name, gate=None, held=0):
 
 def test_commits_come_in_order():
     writer, log, gate = Writer(), [], threading.Event()
-    futures = [writer.submit("a", 0, GIB, started(log, "a", gate)), writer.submit("b", 0, GIB, started(log, "b"))]
+    futures = [
+        writer.submit("a", 0, GIB, started(log, "a", gate)),
+        writer.submit("b", 0, GIB, started(log, "b")),
+    ]
     time.sleep(0.05)
     assert log == []
     gate.set()

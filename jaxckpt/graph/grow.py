@@ -61,7 +61,8 @@ def _merge(old: Any, new: Any, at: str) -> Any:
             result = grow(result, [escape(str(key))], value, at)
         return result
     raise ValueError(
-        f"{join(at)}: the tree has a {type(old).__name__} there already; attach takes names that are not in it yet"
+        f"{join(at)}: the tree has a {type(old).__name__} there already; "
+        "attach takes names that are not in it yet"
     )
 
 
@@ -77,7 +78,8 @@ def _with_item(tree: Mapping[Any, Any], key: Any, value: Any) -> Any:
 def _with_index(tree: Any, name: str, rest: Sequence[str], value: Any, here: str, at: str) -> Any:
     if not name.isdecimal() or int(name) > len(tree):
         raise ValueError(
-            f"{here}: {join(at)} is a {type(tree).__name__} of {len(tree)}: the next item is {join(at, str(len(tree)))}"
+            f"{here}: {join(at)} is a {type(tree).__name__} of {len(tree)}: "
+            f"the next item is {join(at, str(len(tree)))}"
         )
     index = int(name)
     items = list(tree)

@@ -199,7 +199,9 @@ class Hints:
     def _dtype(self, finding: Finding) -> str:
         leaf = self.target[finding.target]
         keep = f"fresh=({self._owner(leaf)!r},) keeps the target's own"
-        return f"cast=({leaf.key!r},) or cast=True converts it; {keep}" if finding.hint else keep
+        if finding.hint:
+            return f"cast=({leaf.key!r},) or cast=True converts it; {keep}"
+        return f"cast= converts within a kind of numbers only; {keep}"
 
 
 def _form(leaf: Leaf) -> object:

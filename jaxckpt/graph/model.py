@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 #: The key of a tree that is a single leaf. No edge name is spelled so.
 ROOT = "."
@@ -92,7 +92,7 @@ class ArraySpec:
     sharding: Sharding | None = None
     abstract: bool = False
 
-    kind = "array"
+    kind: ClassVar[LeafKind] = "array"
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ class ValueSpec:
     type: ValueType
     value: int | float | complex | bool | str | bytes | None = None
 
-    kind = "value"
+    kind: ClassVar[LeafKind] = "value"
 
     def __str__(self) -> str:
         return f"a Python {self.type}"
@@ -127,7 +127,7 @@ class IteratorSpec:
 
     state: ObjectGraph | None = None
 
-    kind = "iterator"
+    kind: ClassVar[LeafKind] = "iterator"
 
     def __str__(self) -> str:
         return "an iterator's state"
@@ -139,7 +139,7 @@ class CallableSpec:
 
     name: str
 
-    kind = "callable"
+    kind: ClassVar[LeafKind] = "callable"
 
     def __str__(self) -> str:
         return f"the function {self.name}"
@@ -149,7 +149,7 @@ class CallableSpec:
 class SkippedSpec:
     """A leaf without a value: a slot left out of a save, or ``...`` in a target."""
 
-    kind = "skipped"
+    kind: ClassVar[LeafKind] = "skipped"
 
     def __str__(self) -> str:
         return "nothing"
@@ -272,7 +272,16 @@ class Name:
 
 
 StructureType = Literal[
-    "leaf", "none", "dict", "OrderedDict", "defaultdict", "list", "tuple", "FrozenDict", "namedtuple", "object"
+    "leaf",
+    "none",
+    "dict",
+    "OrderedDict",
+    "defaultdict",
+    "list",
+    "tuple",
+    "FrozenDict",
+    "namedtuple",
+    "object",
 ]
 
 

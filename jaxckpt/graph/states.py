@@ -113,14 +113,16 @@ class Finder:
         self._root = root
         self._scan(root)
         while self._open:
-            tree = self._open[0]
-            chain = self._is_chain(tree)
-            self._open.pop(0)
-            if chain:
-                self._add(OptimizerTree(tree))
-            else:
-                for child in tree.children.values():
-                    self._scan(child)
+            # All are judged by what is certain now: one that turns out to hold parameters says nothing
+            # of another.
+            judged = [(tree, self._is_chain(tree)) for tree in self._open]
+            self._open = []
+            for tree, chain in judged:
+                if chain:
+                    self._add(OptimizerTree(tree))
+                else:
+                    for child in tree.children.values():
+                        self._scan(child)
         self.optimizers.sort(
             key=lambda optimizer: next((leaf.leaf for leaf in optimizer.tree.all_leaves()), -1)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import sys
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ _BUILTIN: dict[type, StructureType] = {
     type(None): "none",
 }
 _FACTORIES: dict[object, str] = {list: "list", dict: "dict", int: "int", float: "float"}
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 #: Auxiliary data that says nothing.
 _NOTHING: tuple[object, ...] = (None, (), [], {})
 
@@ -120,6 +122,12 @@ class _Walker:
             # jax 0.10 gives the first field's key to every child
             return tuple(Name(name=escape(text), type="attr", text=text) for text in fields_of(tree))
         names = [_name(key) for key in keys]
+        for name in names:
+            if name.type == "repr" and _ADDRESS.search(name.text):
+                raise UnsupportedLeafError(
+                    f"{self.key(path)}: the key {name.text} is spelled with an address, which no other run has; "
+                    "use keys that are strings or numbers"
+                )
         if is_checkpoint(tree) and names and names[0].text == "_root":
             names[0] = Name(name="", type="attr", text="_root")
         if len(names) == 1 and names[0].name == "value" and names[0].type == "attr" and is_box(tree):

@@ -13,18 +13,18 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
+import numpy as np
 import tensorstore as ts
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError
-from jaxckpt.storage.chunks import chunk_names, chunk_slices
+from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import numpy as np
 
 #: Chunks of this many bytes and more are handed over by reference: below it the fixed cost of opening
 #: an array (0.1 ms) is more than that of a copy.
@@ -46,8 +46,6 @@ _NAMES = {
     "complex64": "<c8",
     "complex128": "<c16",
 }
-# Dtypes of the same size that zarr knows, for each size; what is moved is bits.
-_WORDS = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 _MAX_RANK = 32  # tensorstore's
 
 # tensorstore's threads do not live on in a forked child, where the first use of it ends the process.
@@ -271,9 +269,19 @@ def _spec(directory: str, sync: bool) -> dict[str, Any]:
 
 
 def _by_reference(array: ArrayWrite) -> bool:
-    dtype, rank = array.host.dtype, array.host.ndim
-    large = math.prod(array.chunk_shape) * dtype.itemsize >= REFERENCE_BYTES and array.host.size > 0
-    return large and dtype.itemsize in _WORDS and rank <= _MAX_RANK
+    nbytes = math.prod(array.chunk_shape) * array.host.dtype.itemsize
+    return nbytes >= REFERENCE_BYTES and array.host.size > 0 and 0 < array.host.ndim <= _MAX_RANK
+
+
+@lru_cache(maxsize=1024)
+def _stand_in(nbytes: int, rank: int) -> tuple[int, ...]:
+    """A shape of so many bytes and that rank, without lengths of 1 if the number allows."""
+    lengths: list[int] = []
+    for _ in range(rank - 1):
+        factor = next((prime for prime in (2, 3, 5, 7, 11, 13) if nbytes % prime == 0), 1)
+        lengths.append(factor)
+        nbytes //= factor
+    return (*lengths, nbytes)
 
 
 def _chunks(array: ArrayWrite) -> Iterable[tuple[str, tuple[Any, ...]]]:
@@ -361,34 +369,37 @@ class _Writer:
     def _reference(self, array: ArrayWrite, prefix: str) -> None:
         """Writes large chunks through the zarr driver, which keeps a reference until the commit.
 
-        The driver sees plain words of the dtype's size, so that this works for every dtype, and the
-        ``.zarray`` document stays ours.
+        The driver sees another array with the same names of chunks: of plain bytes, so that this works
+        for every dtype, in chunks without lengths of 1, since a chunk with such a one is copied.
         """
-        word = _WORDS[array.host.dtype.itemsize]
-        host = array.host.view(word)
+        chunks = list(_chunks(array))
+        counts = chunk_counts(array.host.shape, array.chunk_shape)
+        shape = _stand_in(array.host.nbytes // len(chunks), array.host.ndim)
         store: Any = None
         opened: Any = None
-        for _, slices in _chunks(array):
-            part = host[slices]
-            # what is not contiguous is encoded into a copy when the transaction commits
-            inside = self._room(0 if part.flags.c_contiguous else part.nbytes)
+        for index, (_, slices) in zip(product(*map(range, counts)), chunks, strict=True):
+            part = array.host[slices]
+            shown = part.flags.c_contiguous and 1 not in shape
+            inside = self._room(0 if shown else part.nbytes)
             if opened is None or self.transaction is not opened:
                 opened = self.transaction
-                store = self._zarr(inside + prefix, array, word)
-            self.pending.append(store[slices].write(part, can_reference_source_data_indefinitely=True))
+                store = self._zarr(inside + prefix, counts, shape)
+            place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, shape, strict=True))
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(shape)
+            self.pending.append(store[place].write(data, can_reference_source_data_indefinitely=True))
 
-    def _zarr(self, store: Any, array: ArrayWrite, word: str) -> Any:
+    def _zarr(self, store: Any, counts: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Any:
         spec = {
             "driver": "zarr",
             "store_data_equal_to_fill_value": True,
             "metadata": {
-                "chunks": list(array.chunk_shape),
+                "chunks": list(chunk_shape),
                 "compressor": None,
-                "dtype": word,
+                "dtype": "|u1",
                 "fill_value": None,
                 "filters": None,
                 "order": "C",
-                "shape": list(array.host.shape),
+                "shape": [count * length for count, length in zip(counts, chunk_shape, strict=True)],
             },
         }
         return ts.open(spec, kvstore=store, open=True, assume_metadata=True, context=self.context).result()
