@@ -117,22 +117,25 @@ class Restored:
 
     def assert_consumed(self) -> Restored:
         """Every saved value was restored, or RestoreAssertionError names those that were not."""
-        self._state.status.assert_consumed()
-        return self
+        return self._checked(self._state.status.assert_consumed)
 
     def assert_existing_objects_matched(self) -> Restored:
         """Every leaf of the target was restored, or RestoreAssertionError names those that were not."""
-        self._state.status.assert_existing_objects_matched()
-        return self
+        return self._checked(self._state.status.assert_existing_objects_matched)
 
     def assert_nontrivial_match(self) -> Restored:
         """Something was restored."""
-        self._state.status.assert_nontrivial_match()
-        return self
+        return self._checked(self._state.status.assert_nontrivial_match)
 
     def expect_partial(self) -> Restored:
         """Says that unused values are no surprise."""
         self._state.status.expect_partial()
+        return self
+
+    def _checked(self, assertion: Callable[[], object]) -> Restored:
+        looked_at, self._looked_at = self._looked_at, True  # what fails an assertion was not ignored
+        assertion()
+        self._looked_at = looked_at
         return self
 
     def attach(self, key: str, value: Any) -> Restored:

@@ -133,7 +133,7 @@ def test_enum_keys_are_the_strings_that_they_are():
 
 
 def test_keys_without_a_stable_name():
-    with pytest.raises(UnsupportedLeafError, match="^a: the key .* spelled with an address"):
+    with pytest.raises(UnsupportedLeafError, match=r"^a: the key .* spelled with an address"):
         flatten({"a": OrderedDict([(lambda: 1, 1)])})
 
 

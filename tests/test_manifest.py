@@ -293,6 +293,28 @@ def test_a_state_may_not_hold_itself():
         decode(forge(circle, encode(manifest(graph))))
 
 
+def test_states_may_not_lie_in_one_another_without_end():
+    graph = make([F32])
+    for _ in range(60):
+        graph = make([IteratorSpec(state=graph)])
+    data = encode(manifest(graph))
+    assert decode(data).entries[0].owner == (0,) * 61
+
+    def longer(document):
+        graphs_ = document["saved"]["graphs"]
+        last = graphs_.pop()
+        for number in range(len(graphs_), 20_000):
+            one = json.loads(json.dumps(graphs_[0]))
+            one["specs"][0]["state"] = number + 1
+            graphs_.append(one)
+        graphs_.append(last)
+
+    start = time.perf_counter()
+    with pytest.raises(CorruptCheckpointError, match="in one another"):
+        decode(forge(longer, data))
+    assert time.perf_counter() - start < 20
+
+
 def test_every_problem_is_listed_with_its_place():
     def change(document):
         graph_of(document)["edges"][0][2] = 99

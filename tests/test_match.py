@@ -373,6 +373,15 @@ def test_ordinals():
     assert swap.restored[slot("net/w", "trace")] == (slot("net/w", "trace.2"),)
     assert swap.restored[slot("net/w", "trace.2")] == (slot("net/w", "trace"),)
     assert set(kinds(run(state(one), state(two))).values()) == {"ambiguous"}
+    said = run(state(one), state(two), rename={"opt/TraceState": "opt/TraceState.2"})
+    assert kinds(said) == {slot("net/w", "trace"): "missing", slot("net/b", "trace"): "missing"}
+    assert said.status.restored[slot("net/w", "trace.2")] == (slot("net/w", "trace"),)
+    keep = good(state(two), state(one), rename={"opt/TraceState.1": "opt/TraceState.1"}).status
+    assert keep.restored[slot("net/w", "trace")] == (slot("net/w", "trace"),)
+    last = good(
+        state(two), state(one), rename={"opt/TraceState.2": "opt/TraceState.1", "opt/TraceState.1": None}
+    ).status
+    assert last.restored[slot("net/w", "trace")] == (slot("net/w", "trace.2"),)
     new = good(state(one), state(two), fresh="opt/TraceState").status
     assert new.restored == {
         "net/w": ("net/w",), "net/b": ("net/b",),

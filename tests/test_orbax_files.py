@@ -98,7 +98,7 @@ tree = {
     "z": jnp.zeros((0, 3)), "s": jnp.float32(2.5), "f8": jnp.ones(3, jnp.float8_e4m3fn), "b": jnp.array([True, False]),
     "c": jnp.ones(2, jnp.complex64), "np": np.arange(3), "np64": np.float64(1.5), "l": [jnp.ones(1), (jnp.zeros(2),)],
     "nt": NT(jnp.ones(2), {"deep.er": jnp.zeros(1)}), "k": Keyless(jnp.ones(1), jnp.zeros(2)), "dc": DC(jnp.ones(2), [np.ones(1)]),
-    "opt": optax.adam(1e-3).init({"w": jnp.ones(3)}), "m": Model({"kernel": jnp.ones((2, 2))}), "n": None, "e": {}, "el": [], "et": (),
+    "net": {"x": jnp.ones(3)}, "opt": optax.adam(1e-3).init({"x": jnp.ones(3)}), "m": Model({"kernel": jnp.ones((2, 2))}), "n": None, "e": {}, "el": [], "et": (),
     "key": jax.random.key(3), "keys": jax.random.split(jax.random.key(4, impl="rbg"), 3), 7: {"x": jnp.ones(1)},
     "sl/ash": jnp.ones(2), "": jnp.ones(3), "i": 3, "f": 0.5, "t": True,
     "fd": flax.core.FrozenDict({"u": jnp.ones(1)}), "od": collections.OrderedDict([("b", jnp.ones(1)), ("a", jnp.ones(2))]),
@@ -161,7 +161,7 @@ def test_orbax_restores_without_a_target(checkpoint):
         assert got["i4"].astype(int).tolist() == list(range(-8, 8))
         assert (got["i"], got["f"], got["t"], got["n"], got["e"], got["el"]) == (3, 0.5, True, None, {}, [])
         assert got["l"][1][0].tolist() == [0, 0] and got["nt"]["b"]["deep.er"].shape == (1,)
-        assert got["opt"][0]["mu"]["w"].shape == (3,) and got["7"]["x"].shape == (1,)
+        assert got["opt"][0]["mu"]["x"].shape == (3,) and got["7"]["x"].shape == (1,)
         assert got["key"].dtype == np.uint32 and got["keys"].shape == (3, 4)
         assert got["k"][1].shape == (2,) and got["z"].shape == (0, 3) and got[""].shape == (3,)
     metadata = ocp.StandardCheckpointer().metadata(sys.argv[1])

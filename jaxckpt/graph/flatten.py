@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -36,7 +36,6 @@ _MAX_LISTED = 10
 
 #: Graphs by structure, kinds of leaves, and which leaves are one object. They hold no value.
 _graphs: OrderedDict[object, ObjectGraph] = OrderedDict()
-_lock = threading.RLock()  # comparing keys runs code of the program's classes
 
 
 @dataclass(frozen=True)
@@ -163,11 +162,12 @@ def _graph(
     if structure is not None:
         tokens = tuple(kind.token for kind in kinds)
         key = (structure, tokens, tuple(first.items()), target, optimizers)
-        with _lock:
-            known = _graphs.get(key)
-            if known is not None:
+        known = _graphs.get(key)
+        if known is not None:
+            # No lock, which a forked child might find taken for ever: another thread may have dropped it.
+            with contextlib.suppress(KeyError):
                 _graphs.move_to_end(key)
-                return known
+            return known
     walked = walk(tree, prefix)
     if len(walked.leaves) != len(kinds):
         raise AssertionError(f"walked over {len(walked.leaves)} leaves where jax sees {len(kinds)}")
@@ -185,9 +185,9 @@ def _graph(
         first = {leaf: other for leaf, other in first.items() if specs[leaf].kind == specs[other].kind}
     graph = build(walked.structure, places, specs, first)
     if key is not None:
-        with _lock:
-            _graphs[key] = graph
-            if len(_graphs) > _MAX_GRAPHS:
+        _graphs[key] = graph
+        with contextlib.suppress(KeyError):
+            while len(_graphs) > _MAX_GRAPHS:
                 _graphs.popitem(last=False)
     return graph
 

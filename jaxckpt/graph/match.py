@@ -173,7 +173,14 @@ class _Matcher:
             index: leaf for index, leaf in enumerate(leaves) if leaf is not None and leaf.state is not None
         }
         taken = {item for made in self.made.values() for item in made.sources}
-        found = match_states(states, inner, fresh=self.wishes.fresh, renamed=renamed, taken=taken)
+        found = match_states(
+            states,
+            inner,
+            fresh=self.wishes.fresh,
+            renamed=renamed,
+            taken=taken,
+            ordained=self.names.placed.ordained,
+        )
         self.sources.update(found.sources)
         self.ambiguous.update(found.ambiguous)
         self._by_spelling(states, renamed)

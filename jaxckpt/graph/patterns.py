@@ -20,6 +20,7 @@ TENSORFLOW_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _MARK = re.escape(SLOT_MARK)
 _ONE = rf"/((?!{_MARK}(?:/|$))[^/]+)"
 _MANY = r"((?:/[^/]+)*?)"
+_NUMBER = re.compile(r"(?<!\.)\.\d+(?=/|$)")
 _FIRST = re.compile(r"(?<!\.)\.1(?=/|$)")
 #: The stars of an `anchored` template; a `**` takes its slash along, as the pattern's does.
 _STARS = re.compile(r"/\*\*(?=/|$)|\*")
@@ -38,6 +39,11 @@ def plain(text: str) -> str:
 def depth(key: str) -> int:
     """How many names a key has."""
     return anchored(key).count("/")
+
+
+def numbered(key: str) -> bool:
+    """Whether a key or pattern says which state of a class it means (``TraceState.2``)."""
+    return _NUMBER.search(key) is not None
 
 
 def normal(text: object, option: str) -> str:
@@ -129,21 +135,28 @@ def _source(key: str) -> tuple[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """The other side of a rule: what the stars stood for goes where its stars are."""
+    """The other side of a rule: what the stars stood for goes where its stars are.
+
+    Attributes:
+        text: the key with its stars; the first state of a class has no number in it.
+        numbered: whether it was written with the number of a state.
+    """
 
     text: str
+    numbered: bool
 
     @classmethod
     def of(cls, text: object, pattern: Pattern, option: str) -> Template:
         """Raises ValueError if it has a star for which the pattern has none."""
-        key = _FIRST.sub("", normal(text, option))
+        written = normal(text, option)
+        key = _FIRST.sub("", written)
         found = [star.lstrip("/") for star in _STARS.findall(anchored(key))]
         for star in ("*", "**"):
             if found.count(star) > pattern.stars.count(star):
                 raise ValueError(
                     f"{option}: {key!r} has more {star!r} than {pattern.text!r}: what do they stand for?"
                 )
-        return cls(text=key)
+        return cls(text=key, numbered=numbered(written))
 
     def fill(self, pattern: Pattern, stars: Sequence[str], rest: str = "") -> str:
         """The key for one match of ``pattern``."""

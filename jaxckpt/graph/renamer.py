@@ -79,6 +79,10 @@ class Renamer:
             return hit
         return Hit(join(hit.key, *state.path, *state.suffix), hit.names, hit.rule)
 
+    def ordains(self, hit: Hit, state: StateField) -> bool:
+        """Whether the rule says which of the states of a class it means."""
+        return hit.rule >= 0 and hit.names > depth(state.optimizer) and self.rules[hit.rule].numbered
+
     def _by_prefix(self, key: str) -> Hit | None:
         text = anchored(key)
         end = len(text)

@@ -27,6 +27,7 @@ class Placed:
         pins: leaves that a rule put at one spelled key, whatever is there: index by that key.
         containers: those whose shape counts, by their new key.
         origins: the old keys of those that a rule moved, by the new one.
+        ordained: leaves of states of which a rule says which of its class they are.
         spoken: how many names of its key a rule named, for each leaf that a rule named.
     """
 
@@ -35,6 +36,7 @@ class Placed:
     containers: dict[str, Container]
     origins: dict[str, str]
     spoken: dict[int, int]
+    ordained: set[int]
     renamer: Renamer
 
 
@@ -52,7 +54,15 @@ def place(view: View, rules: Rules, found: dict[str, Container], targets: frozen
     """
     renamer = Renamer(rules)
     if not renamer:
-        return Placed(leaves=view.leaves, pins={}, containers=found, origins={}, spoken={}, renamer=renamer)
+        return Placed(
+            leaves=view.leaves,
+            pins={},
+            containers=found,
+            origins={},
+            spoken={},
+            ordained=set(),
+            renamer=renamer,
+        )
     mover = _Mover(renamer, sorted(targets, key=depth, reverse=True))
     leaves = tuple(None if leaf is None else mover.leaf(i, leaf) for i, leaf in enumerate(view.leaves))
     moved: dict[str, Container] = {}
@@ -72,6 +82,7 @@ def place(view: View, rules: Rules, found: dict[str, Container], targets: frozen
         containers=moved,
         origins=origins,
         spoken=mover.spoken,
+        ordained=mover.ordained,
         renamer=renamer,
     )
 
@@ -82,6 +93,7 @@ class _Mover:
         self.targets = targets
         self.pins: dict[str, int] = {}
         self.spoken: dict[int, int] = {}
+        self.ordained: set[int] = set()
         self._paths: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
 
     def leaf(self, index: int, leaf: Leaf) -> Leaf | None:
@@ -99,7 +111,7 @@ class _Mover:
             return leaf
         state: StateField | None = leaf.state
         if hit is not None and hit.key is not None:
-            state = self._state(leaf.state, hit.key, hit.names)
+            state = self._state(index, leaf.state, hit, hit.key)
         if state is None:
             return self._hit(index, leaf, hit or Hit(leaf.key, 0))
         if leaf.variable is None:
@@ -151,13 +163,14 @@ class _Mover:
             )
         return None
 
-    def _state(self, state: StateField, key: str, names: int) -> StateField | None:
-        """The state at a new `state_key`, of which the rule named ``names`` of the old one's names."""
-        alias = state_key(state)
-        if names <= depth(state.optimizer):  # only the optimizer moved
-            tail = depth(alias) - depth(state.optimizer)
+    def _state(self, index: int, state: StateField, hit: Hit, key: str) -> StateField | None:
+        """The state at its new `state_key`."""
+        if hit.names <= depth(state.optimizer):  # only the optimizer moved
+            tail = depth(state_key(state)) - depth(state.optimizer)
             parts = anchored(key).split("/")
             return moved_state(state, optimizer="/".join(parts[1 : len(parts) - tail]) or ROOT)
+        if self.renamer.ordains(hit, state):
+            self.ordained.add(index)
         return self._read(key, state)
 
     def _path(self, old: str, path: tuple[str, ...], new: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxckpt.graph.model import ROOT
-from jaxckpt.graph.patterns import Pattern, Template, normal
+from jaxckpt.graph.patterns import Pattern, Template, normal, numbered
 
 RenameFunction = Callable[[str], "str | None"]
 Rename = Mapping[str, "str | None"] | RenameFunction
@@ -20,6 +20,11 @@ class RenameRule:
 
     source: Pattern
     target: Template | None
+
+    @property
+    def numbered(self) -> bool:
+        """Whether it says which state of a class it means."""
+        return numbered(self.source.text) or (self.target is not None and self.target.numbered)
 
     def __str__(self) -> str:
         return f"{{{self.source.text!r}: {self.target.text if self.target else None!r}}}"

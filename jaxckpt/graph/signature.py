@@ -8,7 +8,6 @@ referred to weakly, and a treedef itself is kept only where its data is plain (n
 from __future__ import annotations
 
 import enum
-import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 #: Treedefs known to hold plain data only, in order of use; the cheap case of a known structure.
 _plain: OrderedDict[Any, None] = OrderedDict()
 _MAX_PLAIN = 256
-_lock = threading.RLock()  # comparing runs code of the classes in there, which may come back here
 #: Smaller ones are cheaper to look through than to remember.
 _MIN_LEAVES = 16
 
@@ -36,8 +34,7 @@ class _UnknownError(Exception):
 def signature(treedef: Any) -> Hashable | None:
     """A key for what depends on the structure only, or None if there is none."""
     try:
-        with _lock:
-            key = _of(treedef)
+        key = _of(treedef)
         hash(key)
     except Exception:  # hashing and comparing run code of the classes in there: one that fails is no key
         return None

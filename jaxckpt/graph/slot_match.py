@@ -51,6 +51,7 @@ def match_states(
     fresh: Collection[int],
     renamed: Mapping[str, str],
     taken: Collection[int] = (),
+    ordained: Collection[int] = (),
 ) -> StateMatch:
     """Matches leaves of optimizers.
 
@@ -59,6 +60,7 @@ def match_states(
         wanted: the target's leaves inside optimizers, by index.
         fresh: target indices that take nothing, but count where the numbers agree with them.
         renamed: target keys of variables that were found under another saved key.
+        ordained: saved indices of which a rule says which state of their class they are.
         taken: saved indices that transforms take: they are not looked for by their path.
     """
     result = StateMatch()
@@ -66,16 +68,20 @@ def match_states(
     for identity, targets in _group(wanted, lambda leaf: _identity(leaf, renamed)).items():
         sources = found.get(identity)
         if sources is not None:
-            result.take(pair(wanted, saved, targets, sources, fresh))
+            result.take(pair(wanted, saved, targets, sources, fresh, ordained))
     left = {i: leaf for i, leaf in wanted.items() if i not in result.sources and i not in result.ambiguous}
     if left:
         used = result.used().union(taken)
-        _by_path(result, {i: leaf for i, leaf in saved.items() if i not in used}, left, fresh)
+        _by_path(result, {i: leaf for i, leaf in saved.items() if i not in used}, left, fresh, ordained)
     return result
 
 
 def _by_path(
-    result: StateMatch, saved: Mapping[int, Leaf], wanted: Mapping[int, Leaf], fresh: Collection[int]
+    result: StateMatch,
+    saved: Mapping[int, Leaf],
+    wanted: Mapping[int, Leaf],
+    fresh: Collection[int],
+    ordained: Collection[int],
 ) -> None:
     """What is left goes by its path below the subtree that the state mirrors, if that is unique."""
     found = _group(saved, _path_identity)
@@ -84,7 +90,7 @@ def _by_path(
         if sources is None:
             continue
         if len({wanted[i].variable for i in targets}) == 1 == len({saved[i].variable for i in sources}):
-            result.take(pair(wanted, saved, targets, sources, fresh))
+            result.take(pair(wanted, saved, targets, sources, fresh, ordained))
         else:
             result.take(Pairing([], [(i, tuple(sources)) for i in targets if i not in fresh]))
 
@@ -120,6 +126,7 @@ def pair(
     targets: Sequence[int],
     sources: Sequence[int],
     fresh: Collection[int] = (),
+    ordained: Collection[int] = (),
 ) -> Pairing:
     """Pairs the leaves of one name.
 
@@ -129,7 +136,16 @@ def pair(
         targets: target indices of that name, at least one.
         sources: saved indices of that name, at least one.
         fresh: target indices that take nothing.
+        ordained: saved indices that belong to the state of their own number and to no other.
     """
+    said = {_state(saved[j]).ordinal: j for j in sources if j in ordained} if ordained else {}
+    if said:
+        fixed = [(i, (said[n],)) for i in targets if (n := _state(wanted[i]).ordinal) in said]
+        done = {i for i, _ in fixed}
+        targets = [i for i in targets if i not in done]
+        sources = [j for j in sources if j not in ordained]
+        other = pair(wanted, saved, targets, sources, fresh) if targets and sources else Pairing([], [])
+        return Pairing(fixed + other.pairs, other.ambiguous)
     if len(targets) == 1 == len(sources):
         return Pairing([(targets[0], (sources[0],))], [])
     targets = sorted(targets, key=lambda i: (_state(wanted[i]).ordinal, i))

@@ -125,8 +125,8 @@ class _Walker:
         for name in names:
             if name.type == "repr" and _ADDRESS.search(name.text):
                 raise UnsupportedLeafError(
-                    f"{self.key(path)}: the key {name.text} is spelled with an address, which no other run has; "
-                    "use keys that are strings or numbers"
+                    f"{self.key(path)}: the key {name.text} is spelled with an address, "
+                    "which no other run has; use keys that are strings or numbers"
                 )
         if is_checkpoint(tree) and names and names[0].text == "_root":
             names[0] = Name(name="", type="attr", text="_root")

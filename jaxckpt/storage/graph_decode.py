@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, get_args
 
@@ -48,11 +49,39 @@ from jaxckpt.storage.documents import (
 
 #: Deeper trees are refused.
 MAX_DEPTH = 10_000
+#: So many iterators' states may lie in one another.
+MAX_STATES = 64
 _MAX_RANK = 64  # numpy's
 _KEY_TYPES = frozenset(get_args(KeyType))
 
 Text = Callable[[str], str]
 Problems = list[str]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Graphs:
+    """The graphs read so far: states come after what holds them, and are read before it.
+
+    Attributes:
+        graphs: those that have been read.
+        used: whether a leaf has it as its state.
+        heights: how many states lie in one another below it.
+    """
+
+    graphs: list[ObjectGraph | None]
+    used: list[bool]
+    heights: list[int]
+
+    def state(self, holder: int, number: int, where: str, problems: Problems) -> IteratorSpec:
+        """The state of an iterator in the graph `holder`."""
+        if not holder < number < len(self.graphs) or self.used[number]:
+            problems.append(f"{where}.state: points at no state, or at one that is another's")
+            return IteratorSpec()
+        self.used[number] = True
+        self.heights[holder] = max(self.heights[holder], self.heights[number] + 1)
+        if self.heights[holder] > MAX_STATES:
+            problems.append(f"{where}.state: more than {MAX_STATES} states lie in one another")
+        return IteratorSpec(state=self.graphs[number])
 
 
 def from_documents(documents: Sequence[GraphDoc], problems: Problems) -> ObjectGraph | None:
@@ -65,33 +94,33 @@ def from_documents(documents: Sequence[GraphDoc], problems: Problems) -> ObjectG
     Returns:
         The graph; None, or a graph that must not be used, if there are problems.
     """
-    graphs: list[ObjectGraph | None] = [None] * len(documents)
     if not documents:
         problems.append("graphs: there is none")
         return None
-    used = [False] * len(documents)
+    known = _Graphs(
+        graphs=[None] * len(documents), used=[False] * len(documents), heights=[0] * len(documents)
+    )
     # States come after the graphs that hold them, so that no graph can hold itself.
     for number in range(len(documents) - 1, -1, -1):
         where = "graph" if number == 0 else f"graphs[{number}]"
-        graphs[number] = _graph(documents[number], number, graphs, used, where, problems)
-    unused = [number for number in range(1, len(documents)) if not used[number]]
+        known.graphs[number] = _graph(documents[number], number, known, where, problems)
+    unused = [number for number in range(1, len(documents)) if not known.used[number]]
     if unused:
         problems.append(f"graphs[{unused[0]}]: no leaf has this state")
-    return graphs[0]
+    return known.graphs[0]
 
 
 def _graph(
     document: GraphDoc,
     number: int,
-    graphs: Sequence[ObjectGraph | None],
-    used: list[bool],
+    known: _Graphs,
     where: str,
     problems: Problems,
 ) -> ObjectGraph | None:
     text = unescape_text if document.escaped else plain_text
     start = len(problems)
     specs = [
-        _spec(spec, number, graphs, used, text, f"{where}.specs[{i}]", problems)
+        _spec(spec, number, known, text, f"{where}.specs[{i}]", problems)
         for i, spec in enumerate(document.specs)
     ]
     states: list[StateField | None] = [_state(state, text) for state in document.states]
@@ -178,8 +207,7 @@ def _has_cycle(nodes: int, edges: Sequence[tuple[int, str, int]]) -> bool:
 def _spec(
     document: SpecDoc,
     number: int,
-    graphs: Sequence[ObjectGraph | None],
-    used: list[bool],
+    known: _Graphs,
     text: Text,
     where: str,
     problems: Problems,
@@ -192,11 +220,7 @@ def _spec(
         case IteratorDoc():
             if document.state is None:
                 return IteratorSpec()
-            if not number < document.state < len(graphs) or used[document.state]:
-                problems.append(f"{where}.state: points at no state, or at one that is another's")
-                return IteratorSpec()
-            used[document.state] = True
-            return IteratorSpec(state=graphs[document.state])
+            return known.state(number, document.state, where, problems)
         case CallableDoc():
             return CallableSpec(name=text(document.name))
         case SkippedDoc():

@@ -8,7 +8,6 @@ document, and ``<key>/<i>.<j>``, the bytes of a chunk in C order.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import tensorstore as ts
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError
 from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
+from jaxckpt.storage.zarr import zarray
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,18 +34,6 @@ DATA_FILE_BYTES = 64 << 20
 
 # Half of this bounds what a transaction may hold where the caller names no bound.
 _MEMORY_LIMIT = 1 << 30
-_NAMES = {
-    **{
-        f"{kind}{bits}": f"<{kind[0]}{bits // 8}"
-        for kind in ("int", "uint", "float")
-        for bits in (16, 32, 64)
-    },
-    "bool": "|b1",
-    "int8": "|i1",
-    "uint8": "|u1",
-    "complex64": "<c8",
-    "complex128": "<c16",
-}
 _MAX_RANK = 32  # tensorstore's
 
 # tensorstore's threads do not live on in a forked child, where the first use of it ends the process.
@@ -87,27 +75,8 @@ class Located(NamedTuple):  # not a frozen dataclass: ten thousand of them are m
     inline: bytes | None
 
 
-def zarray(shape: Sequence[int], chunk_shape: Sequence[int], dtype_name: str) -> bytes:
-    """The ``.zarray`` document of an array without compressor, filters and fill value.
-
-    A chunk may not be empty, so that a dimension of size 0 is said to have chunks of 1.
-    """
-    document = {
-        "chunks": [max(1, size) for size in chunk_shape],
-        "compressor": None,
-        "dimension_separator": ".",
-        "dtype": _NAMES.get(dtype_name, dtype_name),
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": list(shape),
-        "zarr_format": 2,
-    }
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
 @lru_cache(maxsize=1024)
-def _zarray(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+def _document(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     return zarray(shape, chunk_shape, dtype.name)
 
 
@@ -316,7 +285,7 @@ class _Writer:
             for chunk, slices in _chunks(array):
                 self._put(prefix + chunk, array.host[slices].tobytes())
         if not array.raw:
-            self._put(f"{prefix}.zarray", _zarray(array.host.shape, array.chunk_shape, array.host.dtype))
+            self._put(f"{prefix}.zarray", _document(array.host.shape, array.chunk_shape, array.host.dtype))
 
     def value(self, key: str, value: bytes) -> None:
         self._put(key, value)

@@ -148,7 +148,7 @@ def _encode_files(files: Files) -> bytes:
         step=files.step,
         save_counter=files.save_counter,
         writer=files.writer,
-        name=files.name,
+        name=files.name.encode("utf-8", "backslashreplace").decode(),  # a path may hold any bytes
         version=files.version,
         metrics=freeze_json(None if files.metrics is None else dict(files.metrics), "metrics"),
         tables={name: found.hex() for name, found in files.tables.items()},

@@ -8,7 +8,9 @@ Their forms are Orbax 0.12.8's: `_src/metadata/tree.py` (``_METADATA``), `array_
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from jaxckpt.graph.model import ArraySpec, ObjectGraph
 from jaxckpt.storage.chunks import digest
@@ -29,6 +31,15 @@ COMMIT_SUCCESS_CONTENT = b"Checkpoint commit was successful.\n"
 
 # Orbax's own word for it; `StandardCheckpointer` and `PyTreeCheckpointer` both open what has it.
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+
+
+class _Times(msgspec.Struct):
+    started: float
+    committed: float
+
+
+class _Manifest(msgspec.Struct):
+    files: _Times
 
 
 def files(
@@ -103,14 +114,14 @@ def checkpoint_metadata(manifest: bytes) -> bytes:
     Args:
         manifest: the bytes of ``graph.json``, which are whole.
     """
-    times = cast("dict[str, Any]", json.loads(manifest)["files"])
+    times = msgspec.json.decode(manifest, type=_Manifest).files
     return _json(
         {
             "item_handlers": _HANDLER,
             "metrics": {},
             "performance_metrics": {},
-            "init_timestamp_nsecs": round(float(times["started"]) * 1e9),
-            "commit_timestamp_nsecs": round(float(times["committed"]) * 1e9),
+            "init_timestamp_nsecs": round(times.started * 1e9),
+            "commit_timestamp_nsecs": round(times.committed * 1e9),
             "custom_metadata": {"jaxckpt": {"manifest": digest(manifest).hex(), "size": len(manifest)}},
         }
     )

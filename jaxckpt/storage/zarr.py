@@ -1,6 +1,7 @@
-"""Whole zarr v2 arrays of a database, read by location. Pure but for `pread`.
+"""zarr v2: the document of an array, and whole arrays of a database read by location. Pure but for `pread`.
 
-For databases without our manifest, hence without digests: what `handler.GraphArrayHandler` gives Orbax.
+https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html. The reader is for databases without our manifest,
+hence without digests: what `handler.GraphArrayHandler` gives Orbax.
 """
 
 from __future__ import annotations
@@ -12,16 +13,49 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxckpt.errors import UnsupportedFormatError
 from jaxckpt.storage.chunks import chunk_names, chunk_slices
 from jaxckpt.storage.dtypes import ORBAX_DTYPES, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from jaxckpt.storage.chunks import LocatedValue, Shape
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_NAMES = {
+    **{
+        f"{kind}{bits}": f"<{kind[0]}{bits // 8}"
+        for kind in ("int", "uint", "float")
+        for bits in (16, 32, 64)
+    },
+    "bool": "|b1",
+    "int8": "|i1",
+    "uint8": "|u1",
+    "complex64": "<c8",
+    "complex128": "<c16",
+}
+# The rest are extensions of tensorstore's, of the name that ml_dtypes has too.
+_DTYPES = {_NAMES.get(name, name): name for name in ORBAX_DTYPES}
+
+
+def zarray(shape: Sequence[int], chunk_shape: Sequence[int], dtype_name: str) -> bytes:
+    """The ``.zarray`` document of an array without compressor, filters and fill value.
+
+    A chunk may not be empty, so that a dimension of size 0 is said to have chunks of 1.
+    """
+    document = {
+        "chunks": [max(1, size) for size in chunk_shape],
+        "compressor": None,
+        "dimension_separator": ".",
+        "dtype": _NAMES.get(dtype_name, dtype_name),
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(shape),
+        "zarr_format": 2,
+    }
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 class ZarrReader:
@@ -40,9 +74,9 @@ class ZarrReader:
         try:
             fields = json.loads(self._value(document))
             shape, chunk_shape = tuple(fields["shape"]), tuple(fields["chunks"])
-            dtype = _dtype(fields["dtype"])
+            dtype = numpy_dtype(_DTYPES[fields["dtype"]])
             plain = fields["compressor"] is None and fields["filters"] is None and fields["order"] == "C"
-        except (ValueError, KeyError, TypeError, UnsupportedFormatError):
+        except (ValueError, KeyError, TypeError):
             return None
         divides = all(size % part == 0 for size, part in zip(shape, chunk_shape, strict=True))
         if not plain or not divides or fields.get("dimension_separator", ".") != ".":
@@ -78,13 +112,3 @@ class ZarrReader:
             path = os.path.join(self._directory, value.file)
             descriptor = self._files[value.file] = os.open(path, os.O_RDONLY)
         return os.pread(descriptor, value.length, value.offset)
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    return numpy_dtype(name) if name in ORBAX_DTYPES else np.dtype(_checked(name))
-
-
-def _checked(name: str) -> str:
-    if name[:1] not in "<|" or name[1:2] not in "biufc" or not name[2:].isdigit():
-        raise UnsupportedFormatError(f"no dtype of zarr: {name!r}")
-    return name
