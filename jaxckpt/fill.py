@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,8 +99,9 @@ class Filler:
             set_state(iterator, state)
 
     def _fill_group(self, group: Sequence[int]) -> dict[int, Any]:
-        sources = sorted({source for index in group for source in self._fills[index].sources})
-        values = dict(zip(sources, self._reader.read(sources), strict=True))
+        uses = Counter(source for index in group for source in self._fills[index].sources)
+        sources = sorted(uses)
+        values = dict(zip(sources, self._reader.read(sources, _make), strict=True))
         results: dict[int, Any] = {}
         places: dict[int, devices.Placement] = {}
         for index in group:
@@ -113,7 +115,8 @@ class Filler:
                 self._problems.append(misfit.problem(leaf.key))
                 continue
             if isinstance(leaf.spec, ArraySpec):
-                places[index] = devices.Placement(host=value, spec=leaf.spec, like=own)
+                owned = fill.function is None and uses[fill.sources[0]] == 1
+                places[index] = devices.Placement(host=value, spec=leaf.spec, like=own, owned=owned)
             elif isinstance(leaf.spec, IteratorSpec) and own is not None:
                 self._iterators.append((own, value))
                 results[index] = own
@@ -153,6 +156,11 @@ class Filler:
             size += nbytes
         if group:
             yield group
+
+
+def _make(value: Any, spec: ArraySpec) -> Any:
+    """An array inside an iterator's state, as it was saved."""
+    return devices.place([devices.Placement(host=value, spec=spec)])[0]
 
 
 def set_state(iterator: Any, state: Any) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jaxckpt import listing
 from jaxckpt.errors import CheckpointNotFoundError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, Leaf, ObjectGraph, ValueSpec
-from jaxckpt.storage.opened import OpenCheckpoint
+from jaxckpt.storage.opened import Make, OpenCheckpoint
 
 if TYPE_CHECKING:
     from jaxckpt.graph.status import RestoreStatus
@@ -57,9 +57,14 @@ class CheckpointReader(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"<CheckpointReader {self.path}: {len(self)} values>"
 
-    def read(self, leaves: Sequence[int]) -> list[Any]:
-        """The values of several leaves (indices into ``graph.leaves``), fewer reads than one by one."""
-        return self._open.read(leaves)
+    def read(self, leaves: Sequence[int], make: Make | None = None) -> list[Any]:
+        """The values of several leaves (indices into ``graph.leaves``), in fewer reads than one by one.
+
+        Args:
+            leaves: which.
+            make: makes of an array and its spec what it was; for arrays inside iterators' states.
+        """
+        return self._open.read(leaves, make)
 
     def nbytes(self, leaf: int) -> int:
         """Bytes that reading a leaf takes; Python values, which the graph holds, take none."""

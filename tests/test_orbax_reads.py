@@ -59,9 +59,9 @@ def test_orbax_opens_it(outcomes, devices, case, way):
 
 def test_the_large_array_has_several_chunks(directory):
     reader = jaxckpt.load_checkpoint(directory / "large")
-    assert reader.get_variable_to_shape_map()["w"] == [3000, 4001]
+    assert reader.get_variable_to_shape_map()["w"] == [1500, 4001]
     sizes = [path.stat().st_size for path in Path(reader.path, "d").iterdir()]
-    assert sum(sizes) >= 3000 * 4001 * 4
+    assert sum(sizes) >= 1500 * 4001 * 4
     zarray = ocdbt_value(reader.path, "w/.zarray")
     assert np.prod(-(-np.array(zarray["shape"]) // np.array(zarray["chunks"]))) > 1
     assert zarray["compressor"] is None

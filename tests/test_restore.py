@@ -516,3 +516,26 @@ def test_itertools_style_combination_of_rules(tmp_path):
         assert (tree["a"]["w"] == 2).all()
         assert status.fresh == fresh
         assert status.missing == (() if fresh else ("d",))
+
+
+def test_a_directory_of_checkpoints_is_no_checkpoint(tmp_path):
+    jaxckpt.save(tmp_path / "a", {"x": 1})
+    with pytest.raises(jaxckpt.UnsupportedFormatError, match="directory of checkpoints"):
+        jaxckpt.restore(tmp_path, {"x": 0})
+    with pytest.raises(jaxckpt.CheckpointNotFoundError, match="'a'"):
+        jaxckpt.restore(tmp_path / "aa", {"x": 0})
+
+
+def test_arrays_in_an_iterators_state_keep_their_type(tmp_path):
+    class Keyed(Counter):
+        def get_state(self):
+            return {"position": 3, "key": jax.random.key(2), "x": jnp.ones(2), "n": np.int8(3), "h": np.arange(2)}
+
+    path = saved(tmp_path, {"data": Keyed()})
+    target = Counter()
+    jaxckpt.restore(path, {"data": target}).status.assert_consumed()
+    assert target.given["key"].dtype == jax.random.key(0).dtype
+    assert isinstance(target.given["x"], jax.Array)
+    assert type(target.given["n"]) is np.int8
+    assert type(target.given["h"]) is np.ndarray
+    assert isinstance(jaxckpt.load_checkpoint(path)["data"]["x"], np.ndarray)

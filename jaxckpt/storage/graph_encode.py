@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
+
+import msgspec
 
 from jaxckpt.graph.model import (
     ArraySpec,
     CallableSpec,
     IteratorSpec,
-    KeyType,
     LeafSpec,
     ObjectGraph,
     SkippedSpec,
@@ -33,13 +34,7 @@ from jaxckpt.storage.documents import (
     value_text,
 )
 
-#: Deeper trees are refused.
-MAX_DEPTH = 10_000
-_MAX_RANK = 64  # numpy's
-_KEY_TYPES = frozenset(get_args(KeyType))
-
 Text = Callable[[str], str]
-Problems = list[str]
 
 
 def to_documents(graph: ObjectGraph, stored: Callable[[tuple[int, ...]], bool]) -> list[GraphDoc]:
@@ -53,10 +48,11 @@ def to_documents(graph: ObjectGraph, stored: Callable[[tuple[int, ...]], bool]) 
     documents: list[GraphDoc] = []
     while len(documents) < len(waiting):
         path, inner = waiting[len(documents)]
+        known = len(waiting)
         try:
             documents.append(_document(inner, path, stored, waiting, plain_text))
         except UnicodeEncodeError:
-            del waiting[len(documents) + 1 :]
+            del waiting[known:]
             documents.append(_document(inner, path, stored, waiting, escape_text))
     return documents
 
@@ -117,8 +113,6 @@ def _document(
 
 def _check_text(document: GraphDoc) -> None:
     """Raises UnicodeEncodeError where a text has a lone surrogate."""
-    import msgspec
-
     msgspec.json.encode(document)
 
 

@@ -119,11 +119,7 @@ def write(
         values = [(".jaxckpt", b"")]  # a database without a key has no file at all, and then Orbax finds none
     writer = _Writer(directory=directory, budget=max(1, (memory_limit or _MEMORY_LIMIT) // 2), sync=sync)
     try:
-        large = [_by_reference(array) for array in arrays]
-        for wanted in (True, False):  # in this order: what is copied shares the last transaction
-            for array, is_large in zip(arrays, large, strict=True):
-                if is_large is wanted:
-                    writer.array(array)
+        writer.arrays(arrays)
         for key, value in values:
             writer.value(key, value)
         writer.commit()
@@ -277,7 +273,14 @@ class _Writer:
     pending: list[Any] = field(default_factory=list[Any])
     copied: int = 0
 
-    def array(self, array: ArrayWrite) -> None:
+    def arrays(self, arrays: Sequence[ArrayWrite]) -> None:
+        large = [_by_reference(array) for array in arrays]
+        for wanted in (True, False):  # in this order: what is copied shares the last transaction
+            for array, is_large in zip(arrays, large, strict=True):
+                if is_large is wanted:
+                    self._array(array)
+
+    def _array(self, array: ArrayWrite) -> None:
         prefix = f"{array.key}/" if array.key else ""
         if _by_reference(array):
             self._reference(array, prefix)

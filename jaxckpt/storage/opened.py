@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from jaxckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
@@ -19,6 +17,7 @@ from jaxckpt.storage.orbax_files import CHECKPOINT_METADATA, is_ours
 from jaxckpt.storage.values import Request, ValueReader
 
 Owner = tuple[int, ...]
+Make = Callable[[Any, ArraySpec], Any]
 
 
 class OpenCheckpoint:
@@ -54,8 +53,12 @@ class OpenCheckpoint:
         """The named graph."""
         return self.manifest.graph
 
-    def read(self, leaves: Sequence[int]) -> list[Any]:
+    def read(self, leaves: Sequence[int], make: Make | None = None) -> list[Any]:
         """The values of leaves: numpy arrays of their own memory, Python values, iterators' states.
+
+        Args:
+            leaves: indices into the graph's.
+            make: makes of the array of a spec what it was; called for arrays inside iterators' states.
 
         Raises:
             CorruptCheckpointError: what was read is not what was written; names the leaves.
@@ -66,7 +69,7 @@ class OpenCheckpoint:
         stored = dict.fromkeys(owner for owner in owners if owner in self._entries)
         requests = [self._request(self._entries[owner]) for owner in stored]
         read = dict(zip(stored, self._values.read_many(requests), strict=True))
-        return [_value(self.graph, (leaf,), read) for leaf in leaves]
+        return [_value(self.graph, (leaf,), read, make or _plain) for leaf in leaves]
 
     def nbytes(self, leaf: int) -> int:
         """Bytes that reading a leaf takes; Python values in the manifest take none."""
@@ -153,22 +156,25 @@ def _owners(graph: ObjectGraph, owner: Owner) -> list[Owner]:
     return found
 
 
-def _value(graph: ObjectGraph, owner: Owner, read: dict[Owner, Any]) -> Any:
+def _value(graph: ObjectGraph, owner: Owner, read: dict[Owner, Any], make: Make) -> Any:
     spec = graph.leaves[owner[-1]].spec
     if isinstance(spec, IteratorSpec) and spec.state is not None:
         from jaxckpt.graph.rebuild import rebuild  # needs jax, which a reader otherwise does without
 
         state = spec.state
-        return rebuild(state, [_as_saved(state, (*owner, i), read) for i in range(len(state.leaves))])
+        return rebuild(state, [_as_saved(state, (*owner, i), read, make) for i in range(len(state.leaves))])
     if isinstance(spec, ValueSpec):
         return spec.value if owner not in read else bytes_value(spec.type, read[owner].tobytes())
     return read[owner]
 
 
-def _as_saved(state: ObjectGraph, owner: Owner, read: dict[Owner, Any]) -> Any:
-    """A value inside an iterator's state: numpy for every array, a scalar for a numpy scalar."""
-    value = _value(state, owner, read)
+def _as_saved(state: ObjectGraph, owner: Owner, read: dict[Owner, Any], make: Make) -> Any:
+    """A value inside an iterator's state."""
+    value = _value(state, owner, read, make)
     spec = state.leaves[owner[-1]].spec
-    if isinstance(spec, ArraySpec) and spec.array_type == "scalar":
-        return np.asarray(value)[()]
-    return value
+    return make(value, spec) if isinstance(spec, ArraySpec) else value
+
+
+def _plain(value: Any, spec: ArraySpec) -> Any:
+    """Numpy for every array, a scalar for a numpy scalar."""
+    return value[()] if spec.array_type == "scalar" else value
