@@ -345,7 +345,7 @@ def test_five_thousand_leaves_take_little_time():
         decode(data)
         times["encode"].append(middle - start)
         times["decode"].append(time.process_time() - middle)
-    assert min(times["encode"]) < 0.3  # 0.03 s where nothing else runs
+    assert min(times["encode"]) < 0.3  # seen: 0.03 and 0.06 s of one core
     assert min(times["decode"]) < 0.3
 
 

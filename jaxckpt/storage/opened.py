@@ -38,6 +38,19 @@ class OpenCheckpoint:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
+        for last in (*[False] * 99, True):
+            seen = _identity(self.path)
+            try:
+                self._load()
+            except CorruptCheckpointError:
+                if last or _identity(self.path) == seen:
+                    raise
+            else:
+                if last or _identity(self.path) == seen:
+                    break
+                self.close()  # an overwriting save exchanged the directory between one file and the next
+
+    def _load(self) -> None:
         self.manifest = manifests.decode(read_manifest(self.path), os.path.join(self.path, manifests.NAME))
         entries, graph = self.manifest.entries, self.manifest.graph
         tables = [self._table(name, expected) for name, expected in self.manifest.files.tables.items()]
@@ -109,6 +122,15 @@ class OpenCheckpoint:
         return Request(
             entry=index, chunk_shape=entry.chunk_shape, shape=entry.shape, dtype=numpy_dtype(entry.dtype)
         )
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """Equal as long as the same checkpoint lies at a path."""
+    try:
+        status = os.stat(os.path.join(path, manifests.NAME))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def read_manifest(path: str) -> bytes:

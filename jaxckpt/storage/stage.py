@@ -159,7 +159,7 @@ def _values(path: str, contents: Contents, memory_limit: int) -> list[kv.Located
         for entry, host in zip(contents.entries, contents.hosts, strict=True)
     ]
     arrays += [kv.ArrayWrite(key=key, host=array, chunk_shape=()) for key, array in contents.orbax.arrays]
-    aliases = [(prefix(entry.key), prefix(alias)) for entry in contents.entries for alias in entry.alias_keys]
+    aliases = [(entry.key, alias) for entry in contents.entries for alias in entry.alias_keys]
     return handler.write(path, arrays, aliases=aliases, memory_limit=memory_limit)
 
 
