@@ -189,12 +189,13 @@ def load_checkpoint(path_or_directory: PathLike) -> CheckpointReader:
         UnsupportedFormatError: it is no checkpoint that this release reads.
     """
     path = os.path.abspath(os.fspath(path_or_directory))
-    if not listing.is_checkpoint(path):
-        newest = listing.latest_checkpoint(path) if os.path.isdir(path) else None
-        if newest is None:
-            raise CheckpointNotFoundError(listing.not_found(path))
-        path = newest
-    return CheckpointReader(path)
+    if listing.is_checkpoint(path):
+        return CheckpointReader(path)
+    rows = lambda: state.view(path).rows
+    found = listing.take_newest(rows, path, CheckpointReader) if os.path.isdir(path) else None
+    if found is None:
+        raise CheckpointNotFoundError(listing.not_found(path))
+    return found
 
 
 def list_variables(path: PathLike) -> list[tuple[str, list[int]]]:

@@ -2,7 +2,7 @@
 
 
 def graph_of(document):
-    return document["saved"]["graphs"][0]
+    return document["graph"]["graphs"][0]
 
 
 def deep(document, depth):
@@ -11,7 +11,7 @@ def deep(document, depth):
 
 
 HOSTILE = {
-    "no graph": lambda d: d["saved"].update(graphs=[]),
+    "no graph": lambda d: d["graph"].update(graphs=[]),
     "a number too many": lambda d: graph_of(d)["leaves"][0].append(1),
     "a wrong type": lambda d: graph_of(d)["leaves"][0].__setitem__(1, "x"),
     "a missing field": lambda d: graph_of(d).pop("nodes"),
@@ -45,23 +45,23 @@ HOSTILE = {
     "no complex": lambda d: graph_of(d)["specs"][1].update(type="complex", value="0x1p0"),
     "no bytes": lambda d: graph_of(d)["specs"][1].update(type="bytes", value="é"),
     "no bool": lambda d: graph_of(d)["specs"][1].update(type="bool", value="yes"),
-    "no entry": lambda d: d["saved"]["entries"].pop(),
-    "an entry twice": lambda d: d["saved"]["entries"].append(d["saved"]["entries"][0]),
-    "one storage key twice": lambda d: d["saved"]["entries"][0].update(key="m.0"),
-    "an entry of no leaf": lambda d: d["saved"]["entries"][0].update(owner=[99]),
-    "an entry of nothing": lambda d: d["saved"]["entries"][0].update(owner=[]),
-    "an entry of a value": lambda d: d["saved"]["entries"][0].update(owner=[1]),
-    "an alias of a value": lambda d: d["saved"]["entries"][0].update(aliases=[1]),
-    "a digest too short": lambda d: d["saved"]["entries"][0].update(digest="00"),
-    "an empty chunk": lambda d: d["saved"]["entries"][0].update(chunk_shape=[0, 3]),
-    "a chunk too large": lambda d: d["saved"]["entries"][0].update(chunk_shape=[2, 4]),
-    "a chunk of another rank": lambda d: d["saved"]["entries"][0].update(chunk_shape=[2]),
-    "bytes of an array": lambda d: d["saved"]["entries"][0].update(bytes=5),
+    "no entry": lambda d: d["graph"]["entries"].pop(),
+    "an entry twice": lambda d: d["graph"]["entries"].append(d["graph"]["entries"][0]),
+    "one storage key twice": lambda d: d["graph"]["entries"][0].update(key="m.0"),
+    "an entry of no leaf": lambda d: d["graph"]["entries"][0].update(owner=[99]),
+    "an entry of nothing": lambda d: d["graph"]["entries"][0].update(owner=[]),
+    "an entry of a value": lambda d: d["graph"]["entries"][0].update(owner=[1]),
+    "an alias of a value": lambda d: d["graph"]["entries"][0].update(aliases=[1]),
+    "a digest too short": lambda d: d["graph"]["entries"][0].update(digest="00"),
+    "an empty chunk": lambda d: d["graph"]["entries"][0].update(chunk_shape=[0, 3]),
+    "a chunk too large": lambda d: d["graph"]["entries"][0].update(chunk_shape=[2, 4]),
+    "a chunk of another rank": lambda d: d["graph"]["entries"][0].update(chunk_shape=[2]),
+    "bytes of an array": lambda d: d["graph"]["entries"][0].update(bytes=5),
     "a file elsewhere": lambda d: d["files"]["tables"].update({"../x": "0" * 32}),
     "a negative size": lambda d: d["files"]["others"].update({"x": [-1, "0" * 32]}),
     "a digest of a table": lambda d: d["files"]["tables"].update({"x": "z" * 32}),
-    "a state of nobody": lambda d: d["saved"]["graphs"].append(graph_of(d)),
-    "metadata": lambda d: d["saved"].update(metadata={"$int": "zz"}),
-    "more metadata": lambda d: d["saved"].update(metadata={"$dict": [1]}),
+    "a state of nobody": lambda d: d["graph"]["graphs"].append(graph_of(d)),
+    "metadata": lambda d: d["graph"].update(metadata={"$int": "zz"}),
+    "more metadata": lambda d: d["graph"].update(metadata={"$dict": [1]}),
     "metrics": lambda d: d["files"].update(metrics=[1]),
 }

@@ -73,9 +73,9 @@ def vars_of(files):
 
 def test_the_file_is_json_of_three_parts():
     document = json.loads(encode(manifest(make({"a": F32}), {"commit": "abc"})))
-    assert list(document) == ["jaxckpt", "digest", "saved", "files"]
+    assert list(document) == ["jaxckpt", "digest", "graph", "files"]
     assert document["jaxckpt"] == 1
-    assert document["saved"]["metadata"] == {"commit": "abc"}
+    assert document["graph"]["metadata"] == {"commit": "abc"}
     assert document["files"]["sequence"] == 7
 
 
@@ -84,7 +84,7 @@ def test_texts_with_lone_surrogates_escape_their_own_graph_only():
     graph = make({"a": IteratorSpec(state=state), "b": IteratorSpec(state=make([F32])), "\\": F32})
     data = encode(manifest(graph))
     assert flat(decode(data).graph) == flat(graph)
-    assert [doc.get("escaped", False) for doc in json.loads(data)["saved"]["graphs"]] == [False, True, False]
+    assert [doc.get("escaped", False) for doc in json.loads(data)["graph"]["graphs"]] == [False, True, False]
 
 
 def test_long_texts_lie_in_the_database():
@@ -186,7 +186,7 @@ def forge(change, data=SMALL, version=1):
     """A manifest with a right digest and other contents: what a hostile writer can make."""
     document = json.loads(data)
     change(document)
-    sealed = seal(json.dumps(document["saved"]).encode(), json.dumps(document["files"]).encode())
+    sealed = seal(json.dumps(document["graph"]).encode(), json.dumps(document["files"]).encode())
     if version == 1:
         return sealed
     sealed = sealed.replace(b'"jaxckpt":1', b'"jaxckpt":%d' % version)
@@ -202,14 +202,14 @@ def test_forging_works():
     ("change", "version"),
     [
         (lambda d: None, 2),
-        (lambda d: d["saved"].update(later=1), 1),
+        (lambda d: d["graph"].update(later=1), 1),
         (lambda d: d["files"].update(later=1), 1),
-        (lambda d: d["saved"]["graphs"][0].update(later=1), 1),
-        (lambda d: d["saved"]["graphs"][0]["specs"][0].update(later=1), 1),
-        (lambda d: d["saved"]["graphs"][0]["specs"][0].update(kind="later"), 1),
-        (lambda d: d["saved"]["graphs"][0]["specs"][0].update(array_type="later"), 1),
-        (lambda d: d["saved"]["entries"][0].update(later=1), 1),
-        (lambda d: d["saved"]["graphs"][0]["nodes"][1].__setitem__(1, "later"), 1),
+        (lambda d: d["graph"]["graphs"][0].update(later=1), 1),
+        (lambda d: d["graph"]["graphs"][0]["specs"][0].update(later=1), 1),
+        (lambda d: d["graph"]["graphs"][0]["specs"][0].update(kind="later"), 1),
+        (lambda d: d["graph"]["graphs"][0]["specs"][0].update(array_type="later"), 1),
+        (lambda d: d["graph"]["entries"][0].update(later=1), 1),
+        (lambda d: d["graph"]["graphs"][0]["nodes"][1].__setitem__(1, "later"), 1),
     ],
 )
 def test_what_a_later_release_wrote_asks_for_an_upgrade(change, version):
@@ -230,7 +230,7 @@ def test_a_state_may_not_hold_itself():
     graph = make({"it": IteratorSpec(state=make({"a": F32}))})
 
     def circle(document):
-        document["saved"]["graphs"][1]["specs"][0] = {"kind": "iterator", "state": 1}
+        document["graph"]["graphs"][1]["specs"][0] = {"kind": "iterator", "state": 1}
 
     with pytest.raises(CorruptCheckpointError):
         decode(forge(circle, encode(manifest(graph))))
@@ -244,7 +244,7 @@ def test_states_may_not_lie_in_one_another_without_end():
     assert decode(data).entries[0].owner == (0,) * 61
 
     def longer(document):
-        graphs_ = document["saved"]["graphs"]
+        graphs_ = document["graph"]["graphs"]
         last = graphs_.pop()
         for number in range(len(graphs_), 20_000):
             one = json.loads(json.dumps(graphs_[0]))
@@ -290,13 +290,13 @@ def test_random_changes_of_the_document_never_give_another_kind_of_error(data):
             places.append((value, key))
             collect(item)
 
-    collect({"saved": document["saved"], "files": document["files"]})
+    collect({"graph": document["graph"], "files": document["files"]})
     parent, key = data.draw(st.sampled_from(places))
     parent[key] = data.draw(
         st.none() | st.integers(-2, 9) | st.sampled_from(["", "x", [], {}, [0], 1 << 70, 0.5])
     )
     with contextlib.suppress(CheckpointError):
-        decode(seal(json.dumps(document["saved"]).encode(), json.dumps(document["files"]).encode()))
+        decode(seal(json.dumps(document["graph"]).encode(), json.dumps(document["files"]).encode()))
 
 
 @pytest.mark.parametrize("bits", [9000, 12_000, 12_001, 40_000])

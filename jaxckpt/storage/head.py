@@ -40,7 +40,7 @@ class _Saved(msgspec.Struct):  # the graph is skipped
 
 
 class _Document(msgspec.Struct):
-    saved: _Saved
+    graph: _Saved
     files: FilesDoc
 
 
@@ -78,7 +78,7 @@ def decode_head(data: bytes, source: str) -> Head:
         document = _DECODER.decode(data)
         files = document.files
         metrics = {str(name): float(value) for name, value in (thaw_json(files.metrics) or {}).items()}
-        metadata = thaw_json(document.saved.metadata)
+        metadata = thaw_json(document.graph.metadata)
     except msgspec.ValidationError as error:  # the digest fits, so this is no damage
         raise UnsupportedFormatError(
             f"{source} says what is not known here ({error}): upgrade jaxckpt"

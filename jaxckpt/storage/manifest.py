@@ -3,11 +3,11 @@
 Three lines of one JSON object::
 
     {"jaxckpt":1,"digest":"<32 hex digits>",
-    "saved":{...},
+    "graph":{...},
     "files":{...}}
 
 The digest (xxh3_128) is that of the whole file without those 32 digits; this much is the same in every
-version, so that damage is told from a later release. `saved` is deterministic: the same state gives the same
+version, so that damage is told from a later release. `graph` is deterministic: the same state gives the same
 bytes in any process, on any day.
 """
 
@@ -98,7 +98,7 @@ class Manifest:
 class _Document(msgspec.Struct, forbid_unknown_fields=True):
     jaxckpt: int
     digest: str
-    saved: SavedDoc
+    graph: SavedDoc
     files: FilesDoc
 
 
@@ -161,7 +161,7 @@ def _encode_files(files: Files) -> bytes:
 
 def seal(saved: bytes, files: bytes) -> bytes:
     """Joins the two parts, given as JSON, and signs them with their digest."""
-    rest = b'",\n"saved":' + saved + b',\n"files":' + files + b"}\n"
+    rest = b'",\n"graph":' + saved + b',\n"files":' + files + b"}\n"
     start = b'{"jaxckpt":%d,"digest":"' % VERSION
     return start + digest(start + rest).hex().encode() + rest
 
@@ -189,17 +189,17 @@ def decode(data: bytes, source: str = NAME) -> Manifest:
 
 def _decode(document: _Document, source: str) -> Manifest:
     problems: Problems = []
-    graph = from_documents(document.saved.graphs, problems)
+    graph = from_documents(document.graph.graphs, problems)
     files = _files(document.files, problems)
-    metadata = _thaw(document.saved.metadata, "saved.metadata", problems)
+    metadata = _thaw(document.graph.metadata, "graph.metadata", problems)
     entries: tuple[Entry, ...] = ()
     if graph is not None and not problems:
-        entries = _entries(document.saved.entries, graph, problems)
+        entries = _entries(document.graph.entries, graph, problems)
     if graph is None or problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CorruptCheckpointError(f"{source} makes no sense:\n  {shown}{more}", files=[NAME])
-    digests = tuple(bytes.fromhex(entry.digest) for entry in document.saved.entries)
+    digests = tuple(bytes.fromhex(entry.digest) for entry in document.graph.entries)
     return Manifest(graph=graph, metadata=metadata, entries=entries, digests=digests, files=files)
 
 
@@ -284,7 +284,7 @@ def _entries(documents: Sequence[EntryDoc], graph: ObjectGraph, problems: Proble
             forms[form] = _form(document, spec, chunk_shape)
         stored = forms[form]
         if stored is None or not _HEX.fullmatch(document.digest):
-            problems.append(f"saved.entries[{i}]: no leaf with that owner, chunk shape and digest can be")
+            problems.append(f"graph.entries[{i}]: no leaf with that owner, chunk shape and digest can be")
         else:
             found.append(stored)
     if problems:
@@ -293,7 +293,7 @@ def _entries(documents: Sequence[EntryDoc], graph: ObjectGraph, problems: Proble
     keys = [key for document in documents for key in (document.key, *document.alias_keys)]
     if len(set(keys)) != len(keys):
         twice = [key for key, number in Counter(keys).items() if number > 1]
-        problems.append(f"saved.entries: several have the key {twice[0]!r}")
+        problems.append(f"graph.entries: several have the key {twice[0]!r}")
     return make(
         Entry,
         len(documents),
@@ -338,12 +338,12 @@ def _check_owners(
     for i, document in enumerate(documents):
         for alias in document.aliases:
             if spec_at(graph, (alias,)) != specs[i]:
-                problems.append(f"saved.entries[{i}].aliases: a leaf that is not there, or another array")
+                problems.append(f"graph.entries[{i}].aliases: a leaf that is not there, or another array")
             owned.add((alias,))
         count += len(document.aliases)
     if len(owned) != count:
-        problems.append("saved.entries: several are of one leaf")
-    problems += [f"saved.entries: none for {key!r}" for path, key in _stored(graph) if path not in owned]
+        problems.append("graph.entries: several are of one leaf")
+    problems += [f"graph.entries: none for {key!r}" for path, key in _stored(graph) if path not in owned]
 
 
 def _stored(graph: ObjectGraph) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -36,6 +36,8 @@ _TRACES = ("chunks.process_0",)
 #: What it has, and may have in common with others.
 _SIGNS = (*_TRACES, "manifest.ocdbt", "_METADATA", "commit_success.txt")
 _NUMBERED = re.compile(r"-\d+$")
+#: How often a directory is listed again when something was deleted meanwhile.
+_SCANS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,28 +202,39 @@ def scan(directory: str, known: State, *, strict: bool = True) -> State:
     Raises:
         OSError: with ``strict``, a checkpoint cannot be looked at.
     """
-    rows_known = {row.name: row for row in known.rows}
-    rows: list[Row] = []
-    try:
-        entries = list(os.scandir(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        entries = []
-    for entry in entries:
-        if not entry.name.startswith(".") and entry.is_dir() and not _is_alias(entry, directory):
-            try:
-                row = _look(entry.path, entry.name, rows_known.get(entry.name))
-            except OSError:
-                if strict and _NUMBERED.search(entry.name):
-                    raise
-                continue  # lost+found and the like
-            if row is not None:
-                rows.append(row)
+    for _ in range(_SCANS):
+        rows, gone = _scan_once(directory, {row.name: row for row in known.rows}, strict)
+        if not gone:  # else by its writer's retention, and what made it old may not have been seen yet
+            break
     rows.sort(key=order)
     return State(
         highest=max(known.highest, *(max(row.step or 0, row.number) for row in rows), 0),
         sequence=max(known.sequence, *(row.sequence or 0 for row in rows), 0),
         rows=tuple(rows),
     )
+
+
+def _scan_once(directory: str, known: Mapping[str, Row], strict: bool) -> tuple[list[Row], bool]:
+    """The rows, and whether something was deleted between being listed and being looked at."""
+    rows: list[Row] = []
+    gone = False
+    try:
+        entries = list(os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return rows, gone
+    for entry in entries:
+        if not entry.name.startswith(".") and entry.is_dir() and not _is_alias(entry, directory):
+            try:
+                row = _look(entry.path, entry.name, known.get(entry.name))
+            except OSError:
+                if strict and _NUMBERED.search(entry.name):
+                    raise
+                continue  # lost+found and the like
+            if row is not None:
+                rows.append(row)
+            else:
+                gone = gone or not os.path.lexists(entry.path)
+    return rows, gone
 
 
 def is_checkpoint(path: str) -> bool:
