@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import jax
 
-from jaxckpt.graph.boxes import CHECKPOINT
 from jaxckpt.graph.model import Structure
+from jaxckpt.graph.pytree.boxes import CHECKPOINT
+from jaxckpt.graph.pytree.walk import child_names
 from jaxckpt.graph.rebuild import known_classes
-from jaxckpt.graph.walk import child_names
 from jaxckpt.numbered import save_numbered
 from jaxckpt.restored import Restored
 from jaxckpt.restoring import restore

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from jaxckpt.errors import Problem, ProblemKind
 from jaxckpt.graph.model import ArraySpec, Leaf, LeafSpec, ValueSpec
-from jaxckpt.storage.dtypes import dtype_name, numpy_dtype
+from jaxckpt.storage.format.dtypes import dtype_name, numpy_dtype
 
 Array = npt.NDArray[Any]
 

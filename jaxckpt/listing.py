@@ -47,6 +47,9 @@ def latest_checkpoint(directory: PathLike) -> str | None:
     Returns:
         The path, or None where there is no checkpoint, so that ``restore(latest_checkpoint(d), target)``
         starts or resumes a run.
+
+    Raises:
+        CorruptCheckpointError: there are checkpoints, and none has a whole manifest.
     """
     folder = os.fspath(directory)
     row = newest(state.view(folder).rows, folder)
@@ -59,6 +62,9 @@ def newest(rows: Sequence[Row], directory: str) -> Row | None:
     Args:
         rows: oldest commit first.
         directory: where they are, for the warning.
+
+    Raises:
+        CorruptCheckpointError: there are checkpoints, and none has a whole manifest.
     """
     passed: list[str] = []
     for row in reversed(rows):
@@ -66,7 +72,8 @@ def newest(rows: Sequence[Row], directory: str) -> Row | None:
             warn_passed_over(passed, os.path.join(directory, row.name))
             return row
         passed.append(f"{os.path.join(directory, row.name)} ({row.damage})")
-    warn_passed_over(passed, "none")
+    if passed:  # never None: that would mean to start afresh
+        raise CorruptCheckpointError(f"no checkpoint of {directory} is whole: {'; '.join(passed)}")
     return None
 
 
@@ -105,6 +112,11 @@ def take_newest(rows: Callable[[], Sequence[Row]], directory: str, attempt: Call
         with contextlib.suppress(_GoneError):
             return _first_whole(found, directory, attempt)
     raise CheckpointNotFoundError(f"the checkpoints of {directory} are deleted faster than they are read")
+
+
+def open_newest(directory: str, attempt: Callable[[str], T]) -> T | None:
+    """`take_newest` of what a directory holds."""
+    return take_newest(lambda: state.view(directory).rows, directory, attempt)
 
 
 def _first_whole(rows: Sequence[Row], directory: str, attempt: Callable[[str], T]) -> T:

@@ -152,7 +152,7 @@ def _is_tensor(leaf: Leaf) -> bool:
 
 
 def _tensor(leaf: Leaf) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    from jaxckpt.storage.dtypes import numpy_dtype
+    from jaxckpt.storage.format.dtypes import numpy_dtype
 
     if isinstance(leaf.spec, ArraySpec):
         return leaf.spec.stored_shape, numpy_dtype(leaf.spec.dtype)
@@ -167,7 +167,11 @@ def open_exact(path: PathLike) -> CheckpointReader:
         CheckpointNotFoundError: there is none; the message names what there is.
     """
     path = os.path.abspath(os.fspath(path))
-    if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+    try:
+        empty = not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+    except FileNotFoundError:  # deleted between the two
+        empty = True
+    if empty:
         raise CheckpointNotFoundError(listing.not_found(path))
     try:
         return CheckpointReader(path)
@@ -191,8 +195,7 @@ def load_checkpoint(path_or_directory: PathLike) -> CheckpointReader:
     path = os.path.abspath(os.fspath(path_or_directory))
     if listing.is_checkpoint(path):
         return CheckpointReader(path)
-    rows = lambda: state.view(path).rows
-    found = listing.take_newest(rows, path, CheckpointReader) if os.path.isdir(path) else None
+    found = listing.open_newest(path, CheckpointReader) if os.path.isdir(path) else None
     if found is None:
         raise CheckpointNotFoundError(listing.not_found(path))
     return found

@@ -13,15 +13,15 @@ from jaxckpt.errors import RestoreError
 from jaxckpt.fill import Filler
 from jaxckpt.graph.flatten import flatten
 from jaxckpt.graph.match import Fill
+from jaxckpt.graph.matching.view import look
 from jaxckpt.graph.model import ROOT, ArraySpec, Leaf, LeafSpec, ObjectGraph, Structure
 from jaxckpt.graph.rebuild import rebuild
 from jaxckpt.graph.rules import Rules
 from jaxckpt.graph.status import RestoreStatus
-from jaxckpt.graph.view import look
 from jaxckpt.progress import Progress, shown
 from jaxckpt.reader import CheckpointReader, PathLike, has_value, open_exact
 from jaxckpt.restored import Restored, State
-from jaxckpt.storage.dtypes import numpy_dtype
+from jaxckpt.storage.format.dtypes import numpy_dtype
 
 #: Where arrays go: a `jax.sharding.Sharding`, a function of (key, ShapeDtypeStruct), `numpy.ndarray`, None.
 Where = Any

@@ -19,10 +19,10 @@ from jaxckpt.graph.model import ArraySpec, ObjectGraph, ValueSpec
 from jaxckpt.progress import Progress, shown
 from jaxckpt.report import SaveReport
 from jaxckpt.storage import directory, hold
-from jaxckpt.storage.dtypes import numpy_dtype
-from jaxckpt.storage.json_values import freeze_json
+from jaxckpt.storage.format.dtypes import numpy_dtype
+from jaxckpt.storage.format.json_values import freeze_json
+from jaxckpt.storage.format.spelling import places
 from jaxckpt.storage.layout import Entry, layout, orbax_values, value_bytes
-from jaxckpt.storage.spelling import places
 from jaxckpt.storage.stage import Contents, Facts, write_stage
 from jaxckpt.writer import SaveFuture, writer
 

@@ -24,7 +24,7 @@ from jaxckpt.storage.chunks import (
     grid,
     leaf_digest,
 )
-from jaxckpt.storage.dtypes import ORBAX_DTYPES, dtype_name, element_bits, mask_sub_byte, numpy_dtype
+from jaxckpt.storage.format.dtypes import ORBAX_DTYPES, dtype_name, element_bits, mask_sub_byte, numpy_dtype
 
 
 @given(

@@ -14,7 +14,7 @@ from jaxckpt.errors import RestoreError, UnsupportedLeafError
 from jaxckpt.graph.model import ArraySpec, Sharding
 from jaxckpt.storage import place as place_module
 from jaxckpt.storage.devices import Placement, describe, hold, hold_all, place
-from jaxckpt.storage.dtypes import dtype_name
+from jaxckpt.storage.format.dtypes import dtype_name
 
 DEVICES = jax.devices()
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)

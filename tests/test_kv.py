@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError
 from jaxckpt.storage import kv
-from jaxckpt.storage.dtypes import ORBAX_DTYPES, numpy_dtype
+from jaxckpt.storage.format.dtypes import ORBAX_DTYPES, numpy_dtype
 
 ROOT = Path(kv.__file__).parents[2]
 

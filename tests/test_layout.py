@@ -20,6 +20,7 @@ from jaxckpt.graph.model import (
     ValueSpec,
 )
 from jaxckpt.storage.chunks import chunk_counts
+from jaxckpt.storage.format.spelling import DICT, SEQUENCE, orbax_name, places
 from jaxckpt.storage.layout import (
     INLINE_BYTES,
     bytes_value,
@@ -30,7 +31,6 @@ from jaxckpt.storage.layout import (
     prefix,
     value_bytes,
 )
-from jaxckpt.storage.spelling import DICT, SEQUENCE, orbax_name, places
 
 F32 = ArraySpec(shape=(2, 3), dtype="float32")
 INT = ValueSpec(type="int", value=3)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, Name, Structure, ValueSpec
 from jaxckpt.storage.chunks import digest
-from jaxckpt.storage.graph_decode import MAX_DEPTH
+from jaxckpt.storage.format.graph_decode import MAX_DEPTH
 from jaxckpt.storage.layout import layout
 from jaxckpt.storage.manifest import Files, Manifest, decode, encode, encode_saved, seal
 
@@ -350,7 +350,7 @@ def test_five_thousand_leaves_take_little_time():
 
 
 def test_documents_are_strict():
-    from jaxckpt.storage.documents import EntryDoc
+    from jaxckpt.storage.format.documents import EntryDoc
 
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(b'{"owner":[0],"key":"a","digest":"","chunk_shape":[],"x":1}', type=EntryDoc)

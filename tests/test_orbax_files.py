@@ -11,10 +11,10 @@ import pytest
 from graphs import make
 
 from jaxckpt.graph.model import ArraySpec, ValueSpec
-from jaxckpt.storage import orbax_files
+from jaxckpt.storage.format import orbax_files
+from jaxckpt.storage.format.spelling import places
 from jaxckpt.storage.layout import layout, orbax_values
 from jaxckpt.storage.manifest import Files, Manifest, encode
-from jaxckpt.storage.spelling import places
 
 # Writes a checkpoint of `tree` with what this package says, and tensorstore's plain key-value interface.
 WRITE = """
@@ -23,12 +23,12 @@ from typing import NamedTuple
 import jax, jax.numpy as jnp, numpy as np, ml_dtypes, optax, flax
 import tensorstore as ts
 from jaxckpt.graph.flatten import flatten
-from jaxckpt.storage import orbax_files
+from jaxckpt.storage.format import orbax_files
 from jaxckpt.storage.chunks import chunk_names, chunk_slices, digest
-from jaxckpt.storage.dtypes import mask_sub_byte
+from jaxckpt.storage.format.dtypes import mask_sub_byte
 from jaxckpt.storage.layout import layout, orbax_values, prefix
 from jaxckpt.storage.manifest import Files, Manifest, encode
-from jaxckpt.storage.spelling import places
+from jaxckpt.storage.format.spelling import places
 
 class NT(NamedTuple):
     a: object

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 
 from jaxckpt.graph import rebuild as module
 from jaxckpt.graph.flatten import flatten
-from jaxckpt.graph.leaves import MissingFunction
 from jaxckpt.graph.marks import Optimizer, Values
+from jaxckpt.graph.pytree.leaves import MissingFunction
+from jaxckpt.graph.pytree.standin import StandIn
 from jaxckpt.graph.rebuild import rebuild
-from jaxckpt.graph.standin import StandIn
 
 KINDS = trees.kinds()
 

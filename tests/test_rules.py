@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxckpt.graph.patterns import Pattern, Template, covering, normal
+from jaxckpt.graph.matching.patterns import Pattern, Template, covering, normal
+from jaxckpt.graph.matching.transforms import assembler, natural
 from jaxckpt.graph.rules import Rules
-from jaxckpt.graph.transforms import assembler, natural
 
 
 @pytest.mark.parametrize(

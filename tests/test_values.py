@@ -247,6 +247,6 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
 def test_nothing_here_imports_jax():
     import subprocess
 
-    code = "import jaxckpt.storage.manifest, jaxckpt.storage.values, jaxckpt.storage.orbax_files, jaxckpt.storage.directory, sys; print([m for m in ('jax', 'orbax', 'tensorstore') if m in sys.modules])"
+    code = "import jaxckpt.storage.manifest, jaxckpt.storage.values, jaxckpt.storage.format.orbax_files, jaxckpt.storage.directory, sys; print([m for m in ('jax', 'orbax', 'tensorstore') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 
 from jaxckpt.errors import UnsupportedLeafError
-from jaxckpt.graph.leaves import Kind, UnsavableError, classify, is_iterator, iterator_state
 from jaxckpt.graph.model import (
     IteratorSpec,
     Leaf,
@@ -20,11 +19,12 @@ from jaxckpt.graph.model import (
     ValueSpec,
     join,
 )
-from jaxckpt.graph.nodes import build, skip_orphans
-from jaxckpt.graph.signature import signature
+from jaxckpt.graph.pytree.leaves import Kind, UnsavableError, classify, is_iterator, iterator_state
+from jaxckpt.graph.pytree.nodes import build, skip_orphans
+from jaxckpt.graph.pytree.signature import signature
+from jaxckpt.graph.pytree.walk import child_names as child_names
+from jaxckpt.graph.pytree.walk import walk
 from jaxckpt.graph.slots import place
-from jaxckpt.graph.walk import child_names as child_names
-from jaxckpt.graph.walk import walk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

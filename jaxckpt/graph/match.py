@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxckpt.errors import Problem, RestoreError
-from jaxckpt.graph.clash import Finding, Names, absent, containers_differ
-from jaxckpt.graph.compat import compare
-from jaxckpt.graph.hints import Hints
+from jaxckpt.graph.matching.clash import Finding, Names, absent, containers_differ
+from jaxckpt.graph.matching.compat import compare
+from jaxckpt.graph.matching.hints import Hints
+from jaxckpt.graph.matching.renames import place
+from jaxckpt.graph.matching.transforms import Assemble, Made, apply, carry
+from jaxckpt.graph.matching.view import containers, look, optimizers_of
+from jaxckpt.graph.matching.wishes import Wishes
 from jaxckpt.graph.model import Leaf, ObjectGraph, ValueSpec
-from jaxckpt.graph.renames import place
+from jaxckpt.graph.optimizers.slot_match import match_states
 from jaxckpt.graph.rules import Rules
-from jaxckpt.graph.slot_match import match_states
 from jaxckpt.graph.status import RestoreStatus
-from jaxckpt.graph.transforms import Assemble, Made, apply, carry
-from jaxckpt.graph.view import containers, look, optimizers_of
-from jaxckpt.graph.wishes import Wishes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -9,11 +9,11 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxckpt.graph.boxes import CHECKPOINT
-from jaxckpt.graph.leaves import MissingFunction
 from jaxckpt.graph.marks import OPTIMIZER, PER_PROCESS, VALUES, Optimizer, PerProcess, Values
 from jaxckpt.graph.model import ROOT, CallableSpec, ObjectGraph, Structure, spell
-from jaxckpt.graph.standin import StandIn, raw_key
+from jaxckpt.graph.pytree.boxes import CHECKPOINT
+from jaxckpt.graph.pytree.leaves import MissingFunction
+from jaxckpt.graph.pytree.standin import StandIn, raw_key
 
 #: Makes an object from its structure (names of the children, in order) and its children.
 Maker = Callable[[Structure, Sequence[Any]], Any]

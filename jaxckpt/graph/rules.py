@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from jaxckpt.graph.matching.patterns import Pattern, Template, normal, numbered
 from jaxckpt.graph.model import ROOT
-from jaxckpt.graph.patterns import Pattern, Template, normal, numbered
 
 RenameFunction = Callable[[str], "str | None"]
 Rename = Mapping[str, "str | None"] | RenameFunction

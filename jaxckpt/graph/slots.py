@@ -10,10 +10,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxckpt.graph.mirror import Matcher, Mirror, Pair
 from jaxckpt.graph.model import ROOT, LeafSpec, StateField, Structure, join, slot_key, spell
-from jaxckpt.graph.states import Collector, Field, Finder, OptimizerTree
-from jaxckpt.graph.tree import Tree, candidates, grow
+from jaxckpt.graph.optimizers.mirror import Matcher, Mirror, Pair
+from jaxckpt.graph.optimizers.states import Collector, Field, Finder, OptimizerTree
+from jaxckpt.graph.optimizers.tree import Tree, candidates, grow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

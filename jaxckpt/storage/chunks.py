@@ -27,7 +27,7 @@ import numpy as np
 import xxhash
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError, UnsupportedFormatError
-from jaxckpt.storage.paths import is_safe_name
+from jaxckpt.storage.format.paths import is_safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

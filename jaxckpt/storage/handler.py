@@ -29,10 +29,10 @@ from jaxckpt.errors import CheckpointError, SaveError
 from jaxckpt.graph.model import ArraySpec
 from jaxckpt.storage import kv
 from jaxckpt.storage.chunks import grid
-from jaxckpt.storage.dtypes import ORBAX_DTYPES
+from jaxckpt.storage.format.dtypes import ORBAX_DTYPES
+from jaxckpt.storage.format.zarr import ZarrReader
 from jaxckpt.storage.hold import hold_all, is_key
 from jaxckpt.storage.place import Placement, place
-from jaxckpt.storage.zarr import ZarrReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.errors import UnsupportedLeafError
-from jaxckpt.storage.dtypes import element_bits, mask_sub_byte
+from jaxckpt.storage.format.dtypes import element_bits, mask_sub_byte
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError
 from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
-from jaxckpt.storage.zarr import zarray
+from jaxckpt.storage.format.zarr import zarray
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

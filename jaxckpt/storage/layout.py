@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec, join
 from jaxckpt.storage.chunks import chunk_names, grid
-from jaxckpt.storage.dtypes import numpy_dtype
-from jaxckpt.storage.spelling import Place, places
+from jaxckpt.storage.format.dtypes import numpy_dtype
+from jaxckpt.storage.format.spelling import Place, places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -24,13 +24,13 @@ import msgspec
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
 from jaxckpt.storage.chunks import digest
-from jaxckpt.storage.columns import make
-from jaxckpt.storage.documents import EntryDoc, FilesDoc, SavedDoc
-from jaxckpt.storage.graph_decode import Problems, from_documents
-from jaxckpt.storage.graph_encode import to_documents
-from jaxckpt.storage.json_values import freeze_json, thaw_json
+from jaxckpt.storage.format.columns import make
+from jaxckpt.storage.format.documents import EntryDoc, FilesDoc, SavedDoc
+from jaxckpt.storage.format.graph_decode import Problems, from_documents
+from jaxckpt.storage.format.graph_encode import to_documents
+from jaxckpt.storage.format.json_values import freeze_json, thaw_json
+from jaxckpt.storage.format.paths import is_safe_name
 from jaxckpt.storage.layout import Entry, spec_at
-from jaxckpt.storage.paths import is_safe_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

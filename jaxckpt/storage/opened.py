@@ -11,9 +11,9 @@ from jaxckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, Unsu
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
 from jaxckpt.storage import manifest as manifests
 from jaxckpt.storage.chunks import ChunkTable, digest
-from jaxckpt.storage.dtypes import numpy_dtype
+from jaxckpt.storage.format.dtypes import numpy_dtype
+from jaxckpt.storage.format.orbax_files import CHECKPOINT_METADATA, is_ours
 from jaxckpt.storage.layout import Entry, bytes_value, names
-from jaxckpt.storage.orbax_files import CHECKPOINT_METADATA, is_ours
 from jaxckpt.storage.values import Request, ValueReader
 
 Owner = tuple[int, ...]
@@ -147,9 +147,11 @@ def read_manifest(path: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not os.path.lexists(path):
             raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
-        if os.path.isdir(path) and is_ours(
-            os.listdir(path), _optional(os.path.join(path, CHECKPOINT_METADATA))
-        ):
+        try:
+            names_there = os.listdir(path) if os.path.isdir(path) else []
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"there is no checkpoint at {path}") from error
+        if is_ours(names_there, _optional(os.path.join(path, CHECKPOINT_METADATA))):
             message = f"{path} has lost its {manifests.NAME}, which says what its files hold"
             raise CorruptCheckpointError(message, files=[manifests.NAME]) from error
         raise UnsupportedFormatError(f"{path} is no checkpoint that this release reads") from error

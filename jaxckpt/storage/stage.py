@@ -12,12 +12,13 @@ import numpy as np
 
 from jaxckpt import __version__
 from jaxckpt.graph.model import ObjectGraph
-from jaxckpt.storage import directory, handler, kv, orbax_files
+from jaxckpt.storage import directory, handler, kv
 from jaxckpt.storage import manifest as manifests
 from jaxckpt.storage.chunks import build_table, chunk_slices, digest, leaf_digest
+from jaxckpt.storage.format import orbax_files
+from jaxckpt.storage.format.spelling import Place
 from jaxckpt.storage.layout import Entry, OrbaxValues, chunk_keys, prefix
 from jaxckpt.storage.manifest import Files, Manifest
-from jaxckpt.storage.spelling import Place
 
 TABLE = "chunks.process_0"
 #: Where the database keeps its values.

@@ -20,7 +20,7 @@ import msgspec
 
 from jaxckpt.errors import CorruptCheckpointError, CorruptCheckpointWarning, UnsupportedFormatError
 from jaxckpt.storage import directory as directories
-from jaxckpt.storage.head import read_head
+from jaxckpt.storage.format.head import read_head
 from jaxckpt.storage.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def scan(directory: str, known: State, *, strict: bool = True) -> State:
     Raises:
         OSError: with ``strict``, a checkpoint cannot be looked at.
     """
+    rows: list[Row] = []
     for _ in range(_SCANS):
         rows, gone = _scan_once(directory, {row.name: row for row in known.rows}, strict)
         if not gone:  # else by its writer's retention, and what made it old may not have been seen yet

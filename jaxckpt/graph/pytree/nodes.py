@@ -22,8 +22,8 @@ from jaxckpt.graph.model import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from jaxckpt.graph.optimizers.tree import Tree
     from jaxckpt.graph.slots import Places
-    from jaxckpt.graph.tree import Tree
 
 
 @dataclass(slots=True, eq=False)

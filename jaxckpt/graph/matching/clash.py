@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxckpt.graph.matching.patterns import anchored, depth
+from jaxckpt.graph.matching.view import Container, View, above, integer_spelling, other_spelling, told_apart
 from jaxckpt.graph.model import ROOT, Leaf, join
-from jaxckpt.graph.patterns import anchored, depth
-from jaxckpt.graph.view import Container, View, above, integer_spelling, other_spelling, told_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from jaxckpt.errors import ProblemKind
-    from jaxckpt.graph.renames import Placed
+    from jaxckpt.graph.matching.renames import Placed
 
 
 class Finding(NamedTuple):

@@ -12,7 +12,7 @@ import base64
 from dataclasses import dataclass
 
 from jaxckpt.graph.model import ArraySpec, Leaf, Name, ObjectGraph, Structure, ValueSpec
-from jaxckpt.storage.dtypes import ORBAX_DTYPES
+from jaxckpt.storage.format.dtypes import ORBAX_DTYPES
 
 SEQUENCE, DICT = 1, 2
 #: What an empty container is called in ``_METADATA``; of any other kind of node "None".

@@ -18,7 +18,7 @@ from jaxckpt.graph.model import (
     Structure,
     ValueSpec,
 )
-from jaxckpt.storage.documents import (
+from jaxckpt.storage.format.documents import (
     ArrayDoc,
     CallableDoc,
     GraphDoc,

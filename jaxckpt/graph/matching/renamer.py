@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from jaxckpt.graph.matching.patterns import anchored, depth, plain
+from jaxckpt.graph.matching.view import moved_state, state_container, state_key
 from jaxckpt.graph.model import ROOT, StateField, join
-from jaxckpt.graph.patterns import anchored, depth, plain
-from jaxckpt.graph.view import moved_state, state_container, state_key
 
 if TYPE_CHECKING:
     from jaxckpt.graph.rules import Rules

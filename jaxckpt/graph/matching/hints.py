@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jaxckpt.errors import Problem
+from jaxckpt.graph.matching.view import state_container
 from jaxckpt.graph.model import ArraySpec, Leaf
-from jaxckpt.graph.view import state_container
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from jaxckpt.graph.clash import Finding
+    from jaxckpt.graph.matching.clash import Finding
 
 #: Comparing spellings is slow, so only this many problems get it, each with this many names.
 NEAREST, COMPARED = 25, 100

@@ -31,8 +31,8 @@ from jaxckpt.graph.model import (
     Structure,
     ValueSpec,
 )
-from jaxckpt.storage.columns import make
-from jaxckpt.storage.documents import (
+from jaxckpt.storage.format.columns import make
+from jaxckpt.storage.format.documents import (
     ArrayDoc,
     CallableDoc,
     GraphDoc,

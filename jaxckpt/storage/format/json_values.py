@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
-from jaxckpt.storage.documents import escape_text, unescape_text
+from jaxckpt.storage.format.documents import escape_text, unescape_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

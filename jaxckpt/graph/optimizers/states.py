@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from jaxckpt.graph.mirror import Matcher, Mirror
-from jaxckpt.graph.tree import Tree, candidates
+from jaxckpt.graph.optimizers.mirror import Matcher, Mirror
+from jaxckpt.graph.optimizers.tree import Tree, candidates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

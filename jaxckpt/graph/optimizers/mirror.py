@@ -10,7 +10,7 @@ from jaxckpt.graph.model import ArraySpec, LeafSpec, ValueSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxckpt.graph.tree import Tree
+    from jaxckpt.graph.optimizers.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

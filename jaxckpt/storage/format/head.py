@@ -13,8 +13,8 @@ import msgspec
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.storage import manifest
 from jaxckpt.storage.chunks import digest
-from jaxckpt.storage.documents import FilesDoc  # noqa: TC001  (msgspec reads the annotations)
-from jaxckpt.storage.json_values import thaw_json
+from jaxckpt.storage.format.documents import FilesDoc  # noqa: TC001  (msgspec reads the annotations)
+from jaxckpt.storage.format.json_values import thaw_json
 
 # The same in every version of the format, see `manifest`.
 _START = re.compile(rb'\{"jaxckpt":(\d{1,6}),"digest":"([0-9a-f]{32})",\n')

@@ -18,8 +18,8 @@ from jaxckpt.storage.chunks import digest
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from jaxckpt.storage.format.spelling import Place
     from jaxckpt.storage.layout import Entry, OrbaxValues
-    from jaxckpt.storage.spelling import Place
 
 METADATA = "_METADATA"
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"

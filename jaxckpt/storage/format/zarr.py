@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxckpt.storage.chunks import chunk_names, chunk_slices
-from jaxckpt.storage.dtypes import ORBAX_DTYPES, numpy_dtype
+from jaxckpt.storage.format.dtypes import ORBAX_DTYPES, numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxckpt.errors import RestoreError
+from jaxckpt.graph.matching.patterns import Pattern, anchored, depth, plain
+from jaxckpt.graph.matching.renamer import Hit, Renamer, numbered
+from jaxckpt.graph.matching.view import Container, View, moved_state, slot_name, state_key
 from jaxckpt.graph.model import ROOT, SLOT_MARK, Leaf, StateField, slot_key
-from jaxckpt.graph.patterns import Pattern, anchored, depth, plain
-from jaxckpt.graph.renamer import Hit, Renamer, numbered
-from jaxckpt.graph.view import Container, View, moved_state, slot_name, state_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxckpt.errors import RestoreError
 from jaxckpt.graph.model import ArraySpec, Leaf
-from jaxckpt.graph.slot_match import carried
+from jaxckpt.graph.optimizers.slot_match import carried
 
 if TYPE_CHECKING:
-    from jaxckpt.graph.patterns import Found, Pattern
+    from jaxckpt.graph.matching.patterns import Found, Pattern
     from jaxckpt.graph.rules import Rules, TransformRule
 
 #: Takes the host arrays of a fill's sources, in order, and gives the value.

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jaxckpt.errors import RestoreError
-from jaxckpt.graph.patterns import Pattern, anchored, covering
-from jaxckpt.graph.view import Container, state_key
+from jaxckpt.graph.matching.patterns import Pattern, anchored, covering
+from jaxckpt.graph.matching.view import Container, state_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

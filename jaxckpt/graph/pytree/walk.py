@@ -20,10 +20,10 @@ from jax.tree_util import (
 )
 
 from jaxckpt.errors import UnsupportedLeafError
-from jaxckpt.graph.boxes import is_box, is_checkpoint
 from jaxckpt.graph.marks import Optimizer, PerProcess, Values
 from jaxckpt.graph.model import Name, Structure, StructureType, escape, join, spell
-from jaxckpt.graph.standin import StandIn, structure_of
+from jaxckpt.graph.pytree.boxes import is_box, is_checkpoint
+from jaxckpt.graph.pytree.standin import StandIn, structure_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

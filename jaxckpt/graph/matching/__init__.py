@@ -1,0 +1,1 @@
+"""The steps of a match: patterns and rules, renames, transforms, comparisons, hints."""

@@ -1,0 +1,1 @@
+"""Optimizer states: where they are, which parameters they mirror, which saved state is whose."""

@@ -1,0 +1,1 @@
+"""The documents of a checkpoint as bytes and back: pure, without reading or writing a file."""
