@@ -90,7 +90,7 @@ def test_multiples_stay():
     infos = [info(i, step) for i, step in enumerate([0, 3, 10, 14, 20, 21])]
     assert kept(infos, max_to_keep=1, keep_every=10) == [0, 10, 20, 21]
     nameless = CheckpointInfo(path="d/mine", sequence=9)
-    assert removable([nameless, info(10)], Policy(max_to_keep=1, keep_every=1), owned={"d/mine"}) == [nameless]
+    assert removable([nameless, info(10)], Policy(max_to_keep=1, keep_every=1), owned={"d/mine", "d/ckpt-10"}) == [nameless]
 
 
 def test_one_for_each_timedelta_stays():
