@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Initializer:
+class Initializer(Struct, frozen=True, kw_only=True):
     """A traced ``init_fn``.
 
     Attributes:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from types import TracebackType
 
-    from jaxckpt.report import SaveReport
     from jaxckpt.storage.state import Row
 
 
@@ -346,16 +345,12 @@ class CheckpointManager:
             metrics=metrics,
             sequence=ledger.next_sequence,
             before_commit=ledger.lease.check,
-            after_commit=self._committed,
+            after_commit=lambda report: ledger.committed(),  # noqa: ARG005
         )
         future = submit(tree, order)
         self._last = last
         self._pending.append(_Pending(future=future, number=number, last=last))
         return future
-
-    def _committed(self, report: SaveReport) -> None:
-        del report
-        self._ledger.committed()
 
     def _numbers(self) -> list[int]:
         self._reap()

@@ -93,9 +93,12 @@ class Restored:
         return iter((self.tree, self.status))
 
     def __getitem__(self, key: object) -> NoReturn:
+        self._looked_at = True  # told once is enough
         raise TypeError(f"a Restored is not the tree: use .tree[{key!r}], or tree, status = restore(...)")
 
     def __getattr__(self, name: str) -> NoReturn:
+        if not name.startswith("_"):
+            self._looked_at = True
         raise AttributeError(f"a Restored has no {name!r}: use .tree.{name}, or tree, status = restore(...)")
 
     def __repr__(self) -> str:

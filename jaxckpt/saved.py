@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
+from msgspec.structs import replace
 
 from jaxckpt.errors import RestoreError
 from jaxckpt.fill import Filler

@@ -7,10 +7,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from jaxckpt import listing
 from jaxckpt.errors import SlotsLeftOutWarning
@@ -30,8 +30,7 @@ from jaxckpt.writer import SaveFuture, writer
 DEFAULT_MEMORY_LIMIT = 2 << 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Order(Struct, frozen=True, kw_only=True):
     """What a save is asked to be.
 
     Attributes:

@@ -1,13 +1,13 @@
 """Which entries a graph has, and how Orbax spells its places."""
 
 import math
-from dataclasses import replace
 
 import graphs
 import numpy as np
 import pytest
 from graphs import Empty, Shared, make
 from hypothesis import HealthCheck, given, settings
+from msgspec.structs import replace
 
 from jaxckpt.graph.model import (
     ArraySpec,

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from dataclasses import replace
 
 import graphs
 import msgspec
@@ -12,6 +11,7 @@ from graphs import Shared, make, same
 from hostile import HOSTILE, graph_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from jaxckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, Name, Structure, ValueSpec

@@ -3,7 +3,6 @@ from __future__ import annotations
 import sys
 import types
 from collections import OrderedDict, defaultdict, namedtuple
-from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -15,6 +14,7 @@ import test_flatten
 import trees
 from flax.core import FrozenDict
 from hypothesis import given, settings
+from msgspec.structs import replace
 
 from jaxckpt.graph import rebuild as module
 from jaxckpt.graph.flatten import flatten

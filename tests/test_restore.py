@@ -529,7 +529,13 @@ def test_a_directory_of_checkpoints_is_no_checkpoint(tmp_path):
 def test_arrays_in_an_iterators_state_keep_their_type(tmp_path):
     class Keyed(Counter):
         def get_state(self):
-            return {"position": 3, "key": jax.random.key(2), "x": jnp.ones(2), "n": np.int8(3), "h": np.arange(2)}
+            return {
+                "position": 3,
+                "key": jax.random.key(2),
+                "x": jnp.ones(2),
+                "n": np.int8(3),
+                "h": np.arange(2),
+            }
 
     path = saved(tmp_path, {"data": Keyed()})
     target = Counter()

@@ -38,7 +38,11 @@ def test_last_goes_by_commit_not_by_step_nor_clock():
     infos = [info(1, 10, time=90.0), info(2, 20, time=80.0), info(3, 30, time=70.0), info(4, 11, time=0.0)]
     assert kept(infos, max_to_keep=1) == [11]
     assert kept(infos, max_to_keep=2) == [30, 11]
-    assert [i.step for i in removable(infos, Policy(max_to_keep=1), owned={i.path for i in infos})] == [10, 20, 30]
+    assert [i.step for i in removable(infos, Policy(max_to_keep=1), owned={i.path for i in infos})] == [
+        10,
+        20,
+        30,
+    ]
 
 
 def test_only_owned_ones_count_and_go():
@@ -72,7 +76,9 @@ def test_nan_infinite_and_missing_rank_worst(mode):
 
 
 def test_between_equal_metrics_the_later_one_is_better():
-    assert kept([info(1, a=1.0), info(2, a=1.0), info(3, a=0.0)], max_to_keep=1, keep_best=1, metric="a", mode="max") == [2, 3]
+    assert kept(
+        [info(1, a=1.0), info(2, a=1.0), info(3, a=0.0)], max_to_keep=1, keep_best=1, metric="a", mode="max"
+    ) == [2, 3]
 
 
 def test_metric_as_a_function():
@@ -90,7 +96,9 @@ def test_multiples_stay():
     infos = [info(i, step) for i, step in enumerate([0, 3, 10, 14, 20, 21])]
     assert kept(infos, max_to_keep=1, keep_every=10) == [0, 10, 20, 21]
     nameless = CheckpointInfo(path="d/mine", sequence=9)
-    assert removable([nameless, info(10)], Policy(max_to_keep=1, keep_every=1), owned={"d/mine", "d/ckpt-10"}) == [nameless]
+    assert removable(
+        [nameless, info(10)], Policy(max_to_keep=1, keep_every=1), owned={"d/mine", "d/ckpt-10"}
+    ) == [nameless]
 
 
 def test_one_for_each_timedelta_stays():
@@ -102,7 +110,13 @@ def test_one_for_each_timedelta_stays():
 
 
 def test_a_clock_that_was_set_back_empties_nothing():
-    infos = [info(1, time=1e9), info(2, time=1e9 + 4000), info(3, time=500.0), info(4, time=600.0), info(5, time=4600.0)]
+    infos = [
+        info(1, time=1e9),
+        info(2, time=1e9 + 4000),
+        info(3, time=500.0),
+        info(4, time=600.0),
+        info(5, time=4600.0),
+    ]
     assert kept(infos, max_to_keep=1, keep_every=timedelta(hours=1)) == [1, 2, 3, 5]
 
 
@@ -127,14 +141,17 @@ def test_keep_as_a_function():
 def test_the_union_is_never_less_than_its_parts(steps, maximum, count, every, data):
     metric = st.sampled_from([0.0, 1.0, 2.0, math.nan, math.inf])
     infos = [
-        info(n, step, pinned=data.draw(st.booleans()), loss=data.draw(metric)) for n, step in enumerate(steps, start=1)
+        info(n, step, pinned=data.draw(st.booleans()), loss=data.draw(metric))
+        for n, step in enumerate(steps, start=1)
     ]
     owned = {i.path for i in infos if data.draw(st.booleans())}
     held = {i.path for i in infos if data.draw(st.booleans())}
     policy = Policy(max_to_keep=maximum, keep_best=count, metric="loss", mode="min", keep_every=every)
     gone = removable(infos, policy, owned=owned, held=held)
     ours = [i for i in infos if i.path in owned]
-    finite = sorted((i for i in ours if math.isfinite(i.metrics["loss"])), key=lambda i: (i.metrics["loss"], -i.sequence))
+    finite = sorted(
+        (i for i in ours if math.isfinite(i.metrics["loss"])), key=lambda i: (i.metrics["loss"], -i.sequence)
+    )
     kept_ones = {*ours[-maximum:], *finite[:count], *infos[-1:]}
     kept_ones |= {i for i in infos if i.pinned or i.path in held or (every and i.step % every == 0)}
     assert not kept_ones & set(gone)
@@ -185,14 +202,30 @@ def test_numbers(value, expected):
 def test_jax_scalars_and_nan_are_numbers():
     import jax.numpy as jnp
 
-    assert as_scalars({"a": jnp.float32(0.5), "b": jnp.bfloat16(2), "c": jnp.int32(3)}) == {"a": 0.5, "b": 2.0, "c": 3.0}
+    assert as_scalars({"a": jnp.float32(0.5), "b": jnp.bfloat16(2), "c": jnp.int32(3)}) == {
+        "a": 0.5,
+        "b": 2.0,
+        "c": 3.0,
+    }
     assert math.isnan(as_scalars({"a": float("nan")})["a"])
     assert as_scalars(None) is None
 
 
 @pytest.mark.parametrize(
     "value",
-    ["0.5", b"1", None, [1.0], {}, 1j, np.complex64(1), np.ones(1), np.array("0.5"), np.datetime64("2020"), object()],
+    [
+        "0.5",
+        b"1",
+        None,
+        [1.0],
+        {},
+        1j,
+        np.complex64(1),
+        np.ones(1),
+        np.array("0.5"),
+        np.datetime64("2020"),
+        object(),
+    ],
 )
 def test_a_non_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="metric 'loss' must be a number"):

@@ -10,9 +10,10 @@ The escaping of names is TensorFlow's (``tensorflow/python/checkpoint/trackable_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
+
+from msgspec import Struct
 
 #: The key of a tree that is a single leaf. No edge name is spelled so.
 ROOT = "."
@@ -42,13 +43,20 @@ def slot_key(variable: str, optimizer: str, name: str) -> str:
     return join(variable, SLOT_MARK, optimizer, name)
 
 
+class Frozen(Struct, frozen=True, gc=False):
+    """Base of the model: never changed, and without cycles, so that no garbage collector need look at it.
+
+    (A frozen dataclass does the same in a millisecond for each class and some microseconds for each of the
+    25,000 values of a graph of 5000 leaves.)
+    """
+
+
 ArrayType = Literal["jax", "numpy", "scalar", "key"]
 ValueType = Literal["int", "float", "complex", "bool", "str", "bytes"]
 LeafKind = Literal["array", "value", "iterator", "callable", "skipped"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sharding:
+class Sharding(Frozen, frozen=True, kw_only=True):
     """A sharding as plain data.
 
     Attributes:
@@ -64,8 +72,7 @@ class Sharding:
     memory_kind: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArraySpec:
+class ArraySpec(Frozen, frozen=True, kw_only=True):
     """What an array leaf is.
 
     Attributes:
@@ -104,8 +111,7 @@ class ArraySpec:
         return f"{dtype}[{', '.join(map(str, self.shape))}]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueSpec:
+class ValueSpec(Frozen, frozen=True, kw_only=True):
     """A Python value: its type and the value itself (None while it lies in the database)."""
 
     type: ValueType
@@ -117,8 +123,7 @@ class ValueSpec:
         return f"a Python {self.type}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IteratorSpec:
+class IteratorSpec(Frozen, frozen=True, kw_only=True):
     """The state of an iterator: a graph of its own, whose leaves are stored beside those of the tree.
 
     Attributes:
@@ -133,8 +138,7 @@ class IteratorSpec:
         return "an iterator's state"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallableSpec:
+class CallableSpec(Frozen, frozen=True, kw_only=True):
     """A function among the leaves: program, not state. Only its qualified name is kept."""
 
     name: str
@@ -145,8 +149,7 @@ class CallableSpec:
         return f"the function {self.name}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkippedSpec:
+class SkippedSpec(Frozen, frozen=True, kw_only=True):
     """A leaf without a value: a slot left out of a save, or ``...`` in a target."""
 
     kind: ClassVar[LeafKind] = "skipped"
@@ -158,8 +161,7 @@ class SkippedSpec:
 LeafSpec = ArraySpec | ValueSpec | IteratorSpec | CallableSpec | SkippedSpec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateField:
+class StateField(Frozen, frozen=True, kw_only=True):
     """Where a leaf stands inside an optimizer, independent of the chain around it.
 
     Attributes:
@@ -185,8 +187,7 @@ class StateField:
     is_slot: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leaf:
+class Leaf(Frozen, frozen=True, kw_only=True):
     """One position of the tree.
 
     Attributes:
@@ -211,8 +212,7 @@ class Leaf:
 NodeKind = Literal["container", "optimizer", "variable", "slot", "value", "iterator", "callable"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class Node(Frozen, frozen=True, kw_only=True):
     """A container, an optimizer, a variable, a slot variable or a value.
 
     Attributes:
@@ -226,8 +226,7 @@ class Node:
     type: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Edge:
+class Edge(Frozen, frozen=True, kw_only=True):
     """A named edge between two nodes (indices)."""
 
     parent: int
@@ -235,8 +234,7 @@ class Edge:
     child: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class Slot(Frozen, frozen=True, kw_only=True):
     """The dotted edge: what an optimizer keeps for a variable. All four are keys or names.
 
     Attributes:
@@ -255,8 +253,7 @@ class Slot:
 KeyType = Literal["str", "int", "float", "bool", "none", "bytes", "attr", "index", "repr"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Name:
+class Name(Frozen, frozen=True, kw_only=True):
     """One step of a path: the escaped name and the typed key behind it.
 
     Attributes:
@@ -285,8 +282,7 @@ StructureType = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Structure:
+class Structure(Frozen, frozen=True, kw_only=True):
     """The pytree as plain data, enough to build it again where its class allows that.
 
     Attributes:
@@ -308,8 +304,7 @@ class Structure:
     static: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectGraph:
+class ObjectGraph(Struct, frozen=True, kw_only=True, dict=True):
     """A checkpoint's named graph.
 
     Attributes:
@@ -326,7 +321,7 @@ class ObjectGraph:
     slots: tuple[Slot, ...]
     leaves: tuple[Leaf, ...]
     structure: Structure
-    left_out: int = field(default=0)
+    left_out: int = 0
 
     @cached_property
     def by_key(self) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from jaxckpt.graph.matching.patterns import Pattern, Template, normal, numbered
 from jaxckpt.graph.model import ROOT
 
@@ -14,8 +16,7 @@ Rename = Mapping[str, "str | None"] | RenameFunction
 TransformFunction = Callable[..., object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenameRule:
+class RenameRule(Struct, frozen=True, kw_only=True):
     """A saved prefix and the target's; ``target=None`` drops it."""
 
     source: Pattern
@@ -30,8 +31,7 @@ class RenameRule:
         return f"{{{self.source.text!r}: {self.target.text if self.target else None!r}}}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformRule:
+class TransformRule(Struct, frozen=True, kw_only=True):
     """Target leaves that are made of saved ones.
 
     Attributes:

@@ -7,8 +7,9 @@ what its leaves are, not the tree.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from jaxckpt.graph.model import ROOT, LeafSpec, StateField, Structure, join, slot_key, spell
 from jaxckpt.graph.optimizers.mirror import Matcher, Mirror, Pair
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 _LABEL_DEPTH = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(Struct, frozen=True, kw_only=True):
     """Where a leaf stands in the named graph.
 
     Attributes:
@@ -43,8 +43,7 @@ class Place:
     orphan: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
+class Places(Struct, frozen=True, kw_only=True):
     """Where everything stands.
 
     Attributes:

@@ -148,7 +148,7 @@ class RestoreStatus:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """What is worth a look, as (set, key, remark); of ``restored`` only what is not plain."""
-        rows = [("missing", key, "kept the target's value") for key in self.missing]
+        rows = [("missing", key, "not in the checkpoint") for key in self.missing]
         rows += [("fresh", key, "kept the target's value, as asked") for key in self.fresh]
         rows += [("cast", key, "") for key in self.cast]
         for key in self.ambiguous:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
+from msgspec import Struct
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError, UnsupportedFormatError
 from jaxckpt.storage.format.paths import is_safe_name
@@ -146,8 +146,7 @@ def chunk_names(shape: Shape, chunk_shape: Shape) -> list[str]:
     return [".".join(map(str, index)) or "0" for index in product(*map(range, counts))]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ChunkTable:
+class ChunkTable(Struct, frozen=True, kw_only=True, eq=False):
     """Where each chunk that one process wrote lies.
 
     Attributes:

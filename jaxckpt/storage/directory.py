@@ -14,9 +14,10 @@ import re
 import secrets
 import shutil
 import stat
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from jaxckpt.errors import CheckpointExistsError, SaveError, UnsupportedFormatError
 from jaxckpt.storage import process
@@ -37,8 +38,7 @@ QUIET_SECONDS = 24 * 3600.0
 _SIGNS = ("graph.json", "_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "commit_success.txt")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Staging:
+class Staging(Struct, frozen=True, kw_only=True):
     """A checkpoint on its way.
 
     Attributes:

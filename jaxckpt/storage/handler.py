@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, SingleDeviceSharding
+from msgspec import Struct
 from orbax.checkpoint import metadata as orbax_metadata
 from orbax.checkpoint import multihost, type_handlers
 
@@ -59,8 +60,7 @@ class ChunkArgs(type_handlers.SaveArgs):
     raw: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Direct:
+class Direct(Struct, frozen=True, kw_only=True):
     """A save of jaxckpt's own: what goes into the database beside the arrays. See `kv.write`."""
 
     values: Sequence[tuple[str, bytes]] = ()
@@ -203,8 +203,7 @@ def _is_ours(value: Any, info: ParamInfo, arg: SaveArgs) -> bool:
     return plain and default and (is_key(value.dtype) or value.dtype.name in ORBAX_DTYPES)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Beside:
+class _Beside(Struct, frozen=True, kw_only=True):
     """What Orbax keeps of arrays outside the database, as the JSON of its files."""
 
     shardings: dict[str, str]

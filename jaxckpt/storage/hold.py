@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Struct
 
 from jaxckpt.errors import UnsupportedLeafError
 from jaxckpt.storage.format.dtypes import element_bits, mask_sub_byte
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(Struct, frozen=True, kw_only=True):
     """Values on the host.
 
     Attributes:

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
+from msgspec import Struct
 
 from jaxckpt.errors import CorruptCheckpointError, SaveError
 from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
@@ -40,8 +41,7 @@ _MAX_RANK = 32  # tensorstore's
 _PID = os.getpid()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArrayWrite:
+class ArrayWrite(Struct, frozen=True, kw_only=True):
     """An array on its way to the database.
 
     Attributes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec, join
+from jaxckpt.graph.model import ArraySpec, Frozen, IteratorSpec, ObjectGraph, ValueSpec, join
 from jaxckpt.storage.chunks import chunk_names, grid
 from jaxckpt.storage.format.dtypes import numpy_dtype
 from jaxckpt.storage.format.spelling import Place, places
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 INLINE_BYTES = 64 << 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Frozen, frozen=True, kw_only=True):
     """An array of the database.
 
     Attributes:
@@ -182,8 +180,7 @@ def chunk_keys(entries: Sequence[Entry]) -> dict[str, tuple[int, int]]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class OrbaxValues:
+class OrbaxValues(Frozen, frozen=True, kw_only=True, eq=False):
     """Python values in the form in which Orbax reads them; the manifest is the authority for them.
 
     Attributes:

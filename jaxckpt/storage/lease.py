@@ -8,6 +8,7 @@ system has locks; where it has none, the token that is read again at every commi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -250,6 +251,11 @@ def _lock(path: str) -> int:
         return lock
 
 
+def _release_all() -> None:
+    for lease in list(_ours.values()):
+        lease.release()
+
+
 def _after_fork() -> None:
     global _in_process
     _in_process = threading.RLock()  # another thread of the parent may have held it
@@ -258,3 +264,5 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+# By then no save is under way: their threads are no daemons, and the interpreter joins them first.
+atexit.register(_release_all)

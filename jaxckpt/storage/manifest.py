@@ -16,15 +16,13 @@ from __future__ import annotations
 import gc
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
-from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph, ValueSpec
+from jaxckpt.graph.model import ArraySpec, Frozen, IteratorSpec, ObjectGraph, ValueSpec
 from jaxckpt.storage.chunks import digest
-from jaxckpt.storage.format.columns import make
 from jaxckpt.storage.format.documents import EntryDoc, FilesDoc, SavedDoc
 from jaxckpt.storage.format.graph_decode import Problems, from_documents
 from jaxckpt.storage.format.graph_encode import to_documents
@@ -42,8 +40,7 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 _DTYPE = re.compile(r"[A-Za-z0-9_<>|=\[\]]{1,60}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
+class Files(Frozen, frozen=True, kw_only=True):
     """What differs from one save of the same state to the next.
 
     Attributes:
@@ -70,14 +67,13 @@ class Files:
     name: str = ""
     version: str = ""
     metrics: Mapping[str, Any] | None = None
-    tables: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
-    others: Mapping[str, tuple[int, bytes]] = field(default_factory=dict[str, tuple[int, bytes]])
+    tables: Mapping[str, bytes] = {}
+    others: Mapping[str, tuple[int, bytes]] = {}
     nbytes: int = 0
     nbytes_shared: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(Frozen, frozen=True, kw_only=True):
     """A checkpoint's manifest.
 
     Attributes:
@@ -294,18 +290,21 @@ def _entries(documents: Sequence[EntryDoc], graph: ObjectGraph, problems: Proble
     if len(set(keys)) != len(keys):
         twice = [key for key, number in Counter(keys).items() if number > 1]
         problems.append(f"graph.entries: several have the key {twice[0]!r}")
-    return make(
-        Entry,
-        len(documents),
-        owner=owners,
-        aliases=[tuple(document.aliases) for document in documents],
-        key=[document.key for document in documents],
-        alias_keys=[tuple(document.alias_keys) for document in documents],
-        dtype=[dtype for dtype, _ in found],
-        shape=[shape for _, shape in found],
-        chunk_shape=chunk_shapes,
-        raw=[document.raw for document in documents],
-        visible=[document.visible for document in documents],
+    return tuple(
+        Entry(
+            owner=owner,
+            aliases=tuple(document.aliases),
+            key=document.key,
+            alias_keys=tuple(document.alias_keys),
+            dtype=dtype,
+            shape=shape,
+            chunk_shape=chunk_shape,
+            raw=document.raw,
+            visible=document.visible,
+        )
+        for document, owner, (dtype, shape), chunk_shape in zip(
+            documents, owners, found, chunk_shapes, strict=True
+        )
     )
 
 

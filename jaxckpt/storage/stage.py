@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from jaxckpt import __version__
 from jaxckpt.graph.model import ObjectGraph
@@ -26,8 +26,7 @@ VALUES = "d/"
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Contents:
+class Contents(Struct, frozen=True, kw_only=True, eq=False):
     """What a checkpoint is to hold.
 
     Attributes:
@@ -50,8 +49,7 @@ class Contents:
         return sum(host.nbytes for host in self.hosts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(Struct, frozen=True, kw_only=True):
     """What a manifest says of one save and no other.
 
     Attributes:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping  # noqa: TC003  (msgspec reads the annotations of `Row`)
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 

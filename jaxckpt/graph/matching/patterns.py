@@ -7,8 +7,9 @@ A pattern names a leaf or everything below it. ``*`` never stands for `SLOT_MARK
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
 
 from jaxckpt.graph.model import ROOT, SLOT_MARK
 
@@ -69,8 +70,7 @@ class Found(NamedTuple):
     rest: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pattern:
+class Pattern(Struct, frozen=True, kw_only=True):
     """One key pattern.
 
     Attributes:
@@ -133,8 +133,7 @@ def _source(key: str) -> tuple[str, tuple[str, ...]]:
     return "".join(parts), tuple(stars)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class Template(Struct, frozen=True, kw_only=True):
     """The other side of a rule: what the stars stood for goes where its stars are.
 
     Attributes:

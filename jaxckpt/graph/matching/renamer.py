@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from msgspec.structs import replace
+
 from jaxckpt.graph.matching.patterns import anchored, depth, plain
-from jaxckpt.graph.matching.view import moved_state, state_container, state_key
+from jaxckpt.graph.matching.view import state_container, state_key
 from jaxckpt.graph.model import ROOT, StateField, join
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ class Renamer:
             return hit
         # A rule for a class, or for slots of it, without a number moves all its states, each with its own.
         reach = (inner, inner + 1) if state.is_slot else (inner,)
-        every = moved_state(state, ordinal=1)
+        every = replace(state, ordinal=1)
         found = self.find(state_key(every))
         if found is None or found.names not in reach or self.rules[found.rule].source.first:
             return hit

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from jaxckpt.errors import RestoreError
 from jaxckpt.graph.matching.patterns import Pattern, anchored, depth, plain
 from jaxckpt.graph.matching.renamer import Hit, Renamer, numbered
-from jaxckpt.graph.matching.view import Container, View, moved_state, slot_name, state_key
+from jaxckpt.graph.matching.view import Container, View, slot_name, state_key
 from jaxckpt.graph.model import ROOT, SLOT_MARK, Leaf, StateField, slot_key
 
 if TYPE_CHECKING:
@@ -18,8 +20,7 @@ if TYPE_CHECKING:
     from jaxckpt.graph.rules import RenameRule, Rules
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class Placed(Struct, frozen=True, kw_only=True):
     """A saved graph after its rules.
 
     Attributes:
@@ -120,7 +121,7 @@ class _Mover:
         variable = leaf.variable
         if moved is not None and moved.key is not None:
             variable = moved.key
-            state = moved_state(state, path=self._path(leaf.variable, leaf.state.path, variable))
+            state = replace(state, path=self._path(leaf.variable, leaf.state.path, variable))
         key = slot_key(variable, state.optimizer, slot_name(leaf))
         return Leaf(key=key, node=leaf.node, spec=leaf.spec, state=state, variable=variable)
 
@@ -168,7 +169,7 @@ class _Mover:
         if hit.names <= depth(state.optimizer):  # only the optimizer moved
             tail = depth(state_key(state)) - depth(state.optimizer)
             parts = anchored(key).split("/")
-            return moved_state(state, optimizer="/".join(parts[1 : len(parts) - tail]) or ROOT)
+            return replace(state, optimizer="/".join(parts[1 : len(parts) - tail]) or ROOT)
         if self.renamer.ordains(hit, state):
             self.ordained.add(index)
         return self._read(key, state)

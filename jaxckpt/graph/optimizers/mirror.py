@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
 from jaxckpt.graph.model import ArraySpec, LeafSpec, ValueSpec
 
 if TYPE_CHECKING:
@@ -13,8 +15,7 @@ if TYPE_CHECKING:
     from jaxckpt.graph.optimizers.tree import Tree
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """One slot: a leaf of a state, and the parameter that it is for.
 
     Attributes:

@@ -13,7 +13,6 @@ import os
 import random
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, SingleDeviceSharding
+from msgspec import Struct
 
 from jaxckpt.graph.model import (
     ArraySpec,
@@ -40,8 +40,7 @@ class UnsavableError(Exception):
     """Why a leaf cannot be saved and what to do: the message without the key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """What can be said of a leaf without its identity, kept once for all leaves like it.
 
     Attributes:

@@ -18,6 +18,7 @@ from jax.tree_util import (
     flatten_one_level_with_keys,
     is_tree_node,
 )
+from msgspec import Struct
 
 from jaxckpt.errors import UnsupportedLeafError
 from jaxckpt.graph.marks import Optimizer, PerProcess, Values
@@ -42,8 +43,7 @@ _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 _NOTHING: tuple[object, ...] = (None, (), [], {})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
+class Walk(Struct, frozen=True, kw_only=True):
     """A tree's structure and what the structure alone cannot hold.
 
     Attributes:

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, get_args
 
 from jaxckpt.graph.model import (
@@ -31,7 +30,6 @@ from jaxckpt.graph.model import (
     Structure,
     ValueSpec,
 )
-from jaxckpt.storage.format.columns import make
 from jaxckpt.storage.format.documents import (
     ArrayDoc,
     CallableDoc,
@@ -134,20 +132,15 @@ def _graph(
     states.append(None)  # row -1
     if document.escaped:
         variables = [variable if variable is None else text(variable) for variable in variables]
-    leaves = make(
-        Leaf,
-        len(keys),
-        key=map(text, keys),
-        node=nodes,
-        spec=map(specs.__getitem__, spec_rows),
-        state=map(states.__getitem__, state_rows),
-        variable=variables,
+    leaves = tuple(
+        Leaf(key=text(key), node=node, spec=specs[spec], state=states[state], variable=variable)
+        for key, node, spec, state, variable in zip(
+            keys, nodes, spec_rows, state_rows, variables, strict=True
+        )
     )
-    names, kinds, types = _columns(document.nodes, 3)
-    parents, edge_names, children = _columns(document.edges, 3)
     return ObjectGraph(
-        nodes=make(Node, len(names), key=map(text, names), kind=kinds, type=map(text, types)),
-        edges=make(Edge, len(parents), parent=parents, name=map(text, edge_names), child=children),
+        nodes=tuple(Node(key=text(key), kind=kind, type=text(type_)) for key, kind, type_ in document.nodes),
+        edges=tuple(Edge(parent=a, name=text(name), child=b) for a, name, b in document.edges),
         slots=tuple(
             Slot(optimizer=text(a), variable=text(b), name=text(c), key=text(d))
             for a, b, c, d in document.slots
@@ -290,17 +283,7 @@ def _structure(
     if order != list(range(leaves)):
         problems.append(f"{where}.structure: does not hold each of the {leaves} leaves once, in order")
         return None
-    nothing = repeat(())
-    positions = make(
-        Structure,
-        leaves,
-        type=repeat("leaf"),
-        cls=repeat(""),
-        names=nothing,
-        children=nothing,
-        leaf=order,
-        static=repeat(False),
-    )
+    positions = tuple(Structure(type="leaf", leaf=leaf) for leaf in order)
     known: dict[tuple[str, ...], Name] = {}
     stack: list[Structure] = []
     heights: list[int] = []

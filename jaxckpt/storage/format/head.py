@@ -5,23 +5,22 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.storage import manifest
 from jaxckpt.storage.chunks import digest
-from jaxckpt.storage.format.documents import FilesDoc  # noqa: TC001  (msgspec reads the annotations)
+from jaxckpt.storage.format.documents import FilesDoc
 from jaxckpt.storage.format.json_values import thaw_json
 
 # The same in every version of the format, see `manifest`.
 _START = re.compile(rb'\{"jaxckpt":(\d{1,6}),"digest":"([0-9a-f]{32})",\n')
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(Struct, frozen=True, kw_only=True):
     """What a manifest says besides the graph; the attributes are those of `manifest.Files`."""
 
     sequence: int

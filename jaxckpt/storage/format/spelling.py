@@ -9,9 +9,8 @@ storage key is the path joined by dots.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 
-from jaxckpt.graph.model import ArraySpec, Leaf, Name, ObjectGraph, Structure, ValueSpec
+from jaxckpt.graph.model import ArraySpec, Frozen, Leaf, Name, ObjectGraph, Structure, ValueSpec
 from jaxckpt.storage.format.dtypes import ORBAX_DTYPES
 
 SEQUENCE, DICT = 1, 2
@@ -24,8 +23,7 @@ _EMPTY = {
 _MAX_RANK = 32  # tensorstore's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(Frozen, frozen=True, kw_only=True):
     """A place of the tree that ``_METADATA`` lists.
 
     Attributes:
