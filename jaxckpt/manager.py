@@ -188,7 +188,8 @@ class CheckpointManager:
                 computed nor allocated.
             **options: of `restore`; with ``partial=True`` what the checkpoint lacks is initialized.
         """
-        return self.restore(initialize.trace(init_fn).target, **options).initialize(init_fn)
+        initializer = initialize.trace(init_fn)
+        return self.restore(initializer.target, **options).initialize(initializer)
 
     @property
     def latest_checkpoint(self) -> str | None:

@@ -15,7 +15,7 @@ from jaxckpt.graph.match import match
 from jaxckpt.graph.model import ObjectGraph
 from jaxckpt.graph.rules import Rules
 from jaxckpt.graph.status import RestoreStatus
-from jaxckpt.initialize import trace
+from jaxckpt.initialize import Initializer, trace
 from jaxckpt.reader import CheckpointReader
 
 
@@ -164,7 +164,7 @@ class Restored:
         self._looked_at = True
         return Restored(_attached(state, flat, olds))
 
-    def initialize(self, init_fn: Callable[[], Any]) -> Restored:
+    def initialize(self, init_fn: Callable[[], Any] | Initializer) -> Restored:
         """Computes the abstract leaves that the checkpoint did not have, and only those.
 
         Args:
@@ -179,8 +179,9 @@ class Restored:
         self._looked_at = True
         if not wanted:
             return Restored(state)
+        initializer = init_fn if isinstance(init_fn, Initializer) else trace(init_fn)
         values = list(state.values)
-        for index, value in zip(wanted, initialize_leaves(state.flat, wanted, trace(init_fn)), strict=True):
+        for index, value in zip(wanted, initialize_leaves(state.flat, wanted, initializer), strict=True):
             values[index] = value
         return Restored(replace(state, values=tuple(values)))
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 import jaxckpt
@@ -34,7 +35,7 @@ def put(tmp_path, saved):
         path = tmp_path / name
         shutil.copytree(saved, path)
         manifest = decode((path / "graph.json").read_bytes())
-        manifest = replace(manifest, files=replace(manifest.files, **files))
+        manifest = msgspec.structs.replace(manifest, files=msgspec.structs.replace(manifest.files, **files))
         (path / "graph.json").write_bytes(encode(manifest))
         return path
 
