@@ -18,7 +18,7 @@ from jaxckpt.graph.flatten import Flat, flatten
 from jaxckpt.graph.model import ArraySpec, ObjectGraph, ValueSpec
 from jaxckpt.progress import Progress, shown
 from jaxckpt.report import SaveReport
-from jaxckpt.storage import directory, hold
+from jaxckpt.storage import directory, hold, kv
 from jaxckpt.storage.format.dtypes import numpy_dtype
 from jaxckpt.storage.format.json_values import freeze_json
 from jaxckpt.storage.format.spelling import places
@@ -131,6 +131,7 @@ def save_async(
 
 def submit(tree: Any, order: Order) -> SaveFuture:
     """Takes the snapshot of a tree and starts its save; see `save_async`."""
+    kv.refuse_fork()
     started = time.time()
     clock = Stopwatch()
     freeze_json(order.metadata)  # refuses here what the manifest could not hold

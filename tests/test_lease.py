@@ -18,6 +18,11 @@ from jaxckpt.storage import heartbeat, lease, process
 from jaxckpt.storage.heartbeat import DEAD_SECONDS, Renewer, Watch
 from jaxckpt.storage.lease import Holder, Lease, decode
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning"),
+]
+
 ELSEWHERE = process.ProcessId(host="elsewhere", boot="b", pid=1, start="1")
 
 

@@ -16,6 +16,11 @@ from jaxckpt.storage import pins, process
 from jaxckpt.storage.heartbeat import DEAD_SECONDS, Watch, to_json
 from jaxckpt.storage.pins import Hold
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning"),
+]
+
 
 def make(directory, *names):
     for name in names:

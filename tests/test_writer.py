@@ -194,19 +194,26 @@ def test_a_failure_that_was_seen_does_not_change_the_exit_code(tmp_path):
 
 def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
     code = f"""
-    import os, time, warnings, jax.numpy as jnp, numpy as np, jaxckpt
+    import os, time, warnings, jax, jax.numpy as jnp, numpy as np, jaxckpt
     warnings.simplefilter("ignore")  # jax warns about every fork
     from jaxckpt import saving as save
     path = {str(tmp_path / "a")!r}
     def slow(): time.sleep(1.0)
+    key = jax.random.key(0)
+    jaxckpt.save(path + "-before", {{"w": jnp.ones(3)}})
     future = save.submit({{"w": jnp.ones(3)}}, save.Order(path=path, before_commit=slow))
     start = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
-            jaxckpt.save(path + "-child", {{"w": np.ones(3)}})
+            jaxckpt.save(path + "-child", {{"w": np.ones(3), "k": key}})
         except jaxckpt.CheckpointError as error:
             print("child:", type(error).__name__, flush=True)
+        try:
+            jaxckpt.restore(path + "-before", {{"w": jnp.zeros(3)}})
+        except jaxckpt.CheckpointError as error:
+            print("child:", type(error).__name__, flush=True)
+        print("child:", jaxckpt.restore(path + "-before", {{"w": np.zeros(3, np.float32)}}).tree["w"], flush=True)
         import sys
         sys.exit(7)
     _, status = os.waitpid(child, 0)
@@ -217,5 +224,7 @@ def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert "child: SaveError" in result.stdout
+    assert "child: RestoreError" in result.stdout
+    assert "child: [1. 1. 1.]" in result.stdout
     assert "child ended with 7 True" in result.stdout
-    assert result.stdout.endswith("['a']\n")
+    assert result.stdout.endswith("['a', 'a-before']\n")

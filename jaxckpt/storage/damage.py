@@ -48,7 +48,7 @@ class Damage:
         shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         raise CorruptCheckpointError(
             f"{self.directory} is damaged: {self.reasons[0]}. Leaves that cannot be read: {shown}. "
-            "Restore another checkpoint, or ask for the leaves that are whole only (... for each of the others)",
+            "Restore another checkpoint, or ask for the others only, with `...` in the target for these",
             keys=keys,
             files=sorted(self.files),
         )

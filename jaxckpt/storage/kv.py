@@ -23,6 +23,7 @@ from msgspec import Struct
 from jaxckpt.errors import CorruptCheckpointError, SaveError
 from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
 from jaxckpt.storage.format.zarr import zarray
+from jaxckpt.storage.process import was_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,9 +37,6 @@ DATA_FILE_BYTES = 64 << 20
 # Half of this bounds what a transaction may hold where the caller names no bound.
 _MEMORY_LIMIT = 1 << 30
 _MAX_RANK = 32  # tensorstore's
-
-# tensorstore's threads do not live on in a forked child, where the first use of it ends the process.
-_PID = os.getpid()
 
 
 class ArrayWrite(Struct, frozen=True, kw_only=True):
@@ -82,7 +80,7 @@ def _document(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dt
 
 def context() -> ts.Context:
     """A tensorstore context for one database, also for `orbax.checkpoint.type_handlers.ParamInfo`."""
-    _refuse_fork()
+    refuse_fork()
     return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
 
 
@@ -114,7 +112,7 @@ def write(
     Raises:
         SaveError: the files could not be written.
     """
-    _refuse_fork()
+    refuse_fork()
     if not arrays and not values:
         values = [(".jaxckpt", b"")]  # a database without a key has no file at all, and then Orbax finds none
     writer = _Writer(directory=directory, budget=max(1, (memory_limit or _MEMORY_LIMIT) // 2), sync=sync)
@@ -143,7 +141,7 @@ def locate(directory: str) -> list[Located]:
     Raises:
         CorruptCheckpointError: the database cannot be read.
     """
-    _refuse_fork()
+    refuse_fork()
     try:
         base = ts.KvStore.open({"driver": "file", "path": directory.rstrip("/") + "/"}).result()
         manifest: dict[str, Any] = ts.ocdbt.dump(base).result()
@@ -198,8 +196,9 @@ def _walk(base: ts.KvStore, root: str) -> list[Located]:
     return found
 
 
-def _refuse_fork() -> None:
-    if os.getpid() != _PID:
+def refuse_fork() -> None:
+    """Raises SaveError in a forked child, where the first use of tensorstore would end the process."""
+    if was_forked():
         raise SaveError(
             "this process was forked after the storage library had started its threads, which a forked child "
             "does not have: save and restore in the parent, or start the child with "

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDevic
 
 from jaxckpt.errors import RestoreError
 from jaxckpt.storage.hold import in_own_thread, is_key, on_cpu
+from jaxckpt.storage.process import was_forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,6 +85,12 @@ def place(placements: Sequence[Placement]) -> list[Any]:
             results[index] = _numpy(placement)
         else:
             jobs.append(_Job(index, placement, _is_weak(placement), *_where(placement, default)))
+    if jobs and was_forked():
+        raise RestoreError(
+            "this process was forked, and jax, whose threads a forked child does not have, could hang in it: "
+            "restore into numpy arrays here (sharding=numpy.ndarray without a target), or start the child "
+            "with multiprocessing.get_context('spawn')"
+        )
     if jobs:
         in_own_thread(lambda: _run(jobs, results))
     return results

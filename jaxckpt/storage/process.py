@@ -11,6 +11,8 @@ import uuid
 from dataclasses import dataclass
 from functools import cache
 
+_IMPORTED_IN = os.getpid()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessId:
@@ -27,6 +29,13 @@ class ProcessId:
     boot: str
     pid: int
     start: str
+
+
+def was_forked() -> bool:
+    """Whether this is a child forked after this library was imported: jax's and tensorstore's threads, which
+    do not live on in it, may have been running.
+    """  # noqa: D205
+    return os.getpid() != _IMPORTED_IN
 
 
 def current() -> ProcessId:

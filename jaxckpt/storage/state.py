@@ -178,17 +178,18 @@ def check_ours(directory: str) -> None:
 
 def store(directory: str, state: State) -> None:
     """Replaces the state file."""
-    rows = state.rows
-    whole = [row.name for row in rows if not row.damage]
+    whole = [row.name for row in state.rows if not row.damage]
     document = {
         "format": _FORMAT,
         "version": _VERSION,
         "highest": state.highest,
         "sequence": state.sequence,
         "latest": whole[-1] if whole else None,
-        "checkpoints": [_encode(row) for row in rows],
     }
-    directories.replace_file(os.path.join(directory, FILE), json.dumps(document, indent=1).encode())
+    # A line for each: easy to read, and unlike `indent=` it leaves the work to the encoder in C.
+    rows = ",\n".join(json.dumps(_encode(row)) for row in state.rows)
+    text = f'{json.dumps(document)[:-1]}, "checkpoints": [\n{rows}\n]}}\n'
+    directories.replace_file(os.path.join(directory, FILE), text.encode())
 
 
 def scan(directory: str, known: State, *, strict: bool = True) -> State:
