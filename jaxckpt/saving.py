@@ -247,7 +247,7 @@ def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, b
                 order.before_commit()
             directory.commit(staging, overwrite=order.overwrite)  # <- the commit
         except BaseException:
-            directory.discard(staging)
+            directory.abandon(staging)
             raise
         clock.lap("commit")
         report(contents.nbytes, contents.nbytes)

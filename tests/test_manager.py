@@ -97,6 +97,15 @@ def test_a_number_is_not_used_again_after_all_are_deleted(tmp_path):
         assert manager.save(tree()).result().step == 3
 
 
+def test_a_delete_while_the_state_is_lost_remembers(tmp_path):
+    with Manager(tmp_path) as manager:
+        manager.save(tree()).result()
+    os.remove(tmp_path / "checkpoint")
+    Manager(tmp_path).delete(1)
+    with Manager(tmp_path) as manager:
+        assert manager.save(tree()).result().step == 2
+
+
 def test_what_is_under_way_has_its_number(tmp_path, gate):
     with Manager(tmp_path) as manager:
         first = manager.save({"n": 1})

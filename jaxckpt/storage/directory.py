@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,15 @@ def commit(staging: Staging, *, overwrite: bool = False) -> None:
 def discard(staging: Staging) -> None:
     """Removes a staging directory, as far as it can be; what is left is swept later."""
     _remove(staging.path)
+
+
+def abandon(staging: Staging) -> None:
+    """`discard`, of a save that failed: other writes of its database may still be under way, and make anew
+    directories that were removed.
+    """  # noqa: D205
+    for pause in (0.0, 0.01, 0.05):
+        time.sleep(pause)
+        _remove(staging.path)
 
 
 def remove(path: str) -> None:

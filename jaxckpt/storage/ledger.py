@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,12 @@ from jaxckpt.storage import pins, state
 from jaxckpt.storage.heartbeat import Watch
 from jaxckpt.storage.lease import Lease
 from jaxckpt.storage.retention import CheckpointInfo, Policy, removable
+from jaxckpt.storage.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from jaxckpt.storage.state import Row, State
+    from jaxckpt.storage.state import Row
 
 
 class Ledger:
@@ -137,8 +139,13 @@ class Ledger:
         state.check_ours(self.root)
         with directories.saving(self.root):
             self.lease.acquire()
-            with self._looking:
-                self._known = None  # others may have been here since
+            with self._looking:  # others may have been here since; but what was once seen is not forgotten
+                fresh, seen = state.view(self.root), self._known or State()
+                self._known = replace(
+                    fresh,
+                    highest=max(fresh.highest, seen.highest),
+                    sequence=max(fresh.sequence, seen.sequence),
+                )
             directories.sweep(self.root)
         return True
 
