@@ -171,11 +171,6 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def next_sequence(directory: str) -> int:
-    """The sequence number of a checkpoint that is committed now: one more than the highest ever used."""
-    return state.scan(directory, state.load(directory), strict=False).sequence + 1
-
-
 def checkpoints_iterator(
     directory: PathLike,
     *,

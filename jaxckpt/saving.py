@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from jaxckpt import listing
 from jaxckpt.errors import SlotsLeftOutWarning
 from jaxckpt.graph.flatten import Flat, flatten
 from jaxckpt.graph.model import ArraySpec, ObjectGraph, ValueSpec
 from jaxckpt.progress import Progress, shown
 from jaxckpt.report import SaveReport
-from jaxckpt.storage import directory, hold, kv
+from jaxckpt.storage import directory, hold, kv, state
 from jaxckpt.storage.format.dtypes import numpy_dtype
 from jaxckpt.storage.format.json_values import freeze_json
 from jaxckpt.storage.format.spelling import places
@@ -235,7 +234,7 @@ def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, b
         save_counter=order.save_counter,
         writer=order.writer,
         metrics=order.metrics,
-        sequence=order.sequence or (lambda: listing.next_sequence(os.path.dirname(order.path))),
+        sequence=order.sequence or (lambda: state.next_sequence(os.path.dirname(order.path))),
     )
     with shown(order.progress, "Saving") as report:
         report(0, contents.nbytes)

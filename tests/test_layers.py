@@ -48,6 +48,9 @@ PURE = [
     "storage.chunks",
     "storage.layout",
     "storage.directory",
+    "storage.format.head",
+    "storage.state",
+    "cadence",
     "reader",
     "listing",
 ]

@@ -239,6 +239,11 @@ def _scan_once(directory: str, known: Mapping[str, Row], strict: bool) -> tuple[
     return rows, gone
 
 
+def next_sequence(directory: str) -> int:
+    """The sequence number of a checkpoint that is committed now: one more than the highest ever used."""
+    return scan(directory, load(directory), strict=False).sequence + 1
+
+
 def is_checkpoint(path: str) -> bool:
     """Whether a checkpoint of ours is at this path, be it damaged."""
     return any(os.path.exists(os.path.join(path, name)) for name in (MANIFEST, *_TRACES))
