@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -104,12 +105,13 @@ class Restored:
     def __repr__(self) -> str:
         return f"<Restored {self._state.status!r}>"
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # (A default, since the names of this module may be gone when the interpreter ends.)
         try:
             looked_at = self._looked_at
         except AttributeError:  # never made
             return
-        if not looked_at:
+        if not looked_at and not is_finalizing():  # nothing is printed at exit
             warnings.warn(
                 "the result of jaxckpt.restore was never used: nothing is restored in place; "
                 "write tree, status = jaxckpt.restore(...)",

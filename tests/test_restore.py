@@ -545,3 +545,17 @@ def test_arrays_in_an_iterators_state_keep_their_type(tmp_path):
     assert type(target.given["n"]) is np.int8
     assert type(target.given["h"]) is np.ndarray
     assert isinstance(jaxckpt.load_checkpoint(path)["data"]["x"], np.ndarray)
+
+
+def test_nothing_is_printed_at_exit(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    path = saved(tmp_path, {"a": 1, "b": 2})
+    code = f"import jaxckpt; result = jaxckpt.restore({str(path)!r}, {{'a': 0}})"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True, env=env
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
