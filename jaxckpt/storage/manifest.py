@@ -22,20 +22,20 @@ import msgspec
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, Frozen, IteratorSpec, ObjectGraph, ValueSpec
-from jaxckpt.storage.chunks import digest
 from jaxckpt.storage.format.documents import EntryDoc, FilesDoc, SavedDoc
 from jaxckpt.storage.format.graph_decode import Problems, from_documents
 from jaxckpt.storage.format.graph_encode import to_documents
 from jaxckpt.storage.format.json_values import freeze_json, thaw_json
 from jaxckpt.storage.format.paths import is_safe_name
+from jaxckpt.storage.format.seal import NAME as NAME
+from jaxckpt.storage.format.seal import VERSION as VERSION
+from jaxckpt.storage.format.seal import check_seal
+from jaxckpt.storage.format.seal import seal as seal
 from jaxckpt.storage.layout import Entry, spec_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-NAME = "graph.json"
-VERSION = 1
-_HEAD = re.compile(rb'\{"jaxckpt":(\d{1,6}),"digest":"([0-9a-f]{32})",\n')
 _HEX = re.compile(r"[0-9a-f]{32}")
 _DTYPE = re.compile(r"[A-Za-z0-9_<>|=\[\]]{1,60}")
 
@@ -155,13 +155,6 @@ def _encode_files(files: Files) -> bytes:
     return msgspec.json.encode(document)
 
 
-def seal(saved: bytes, files: bytes) -> bytes:
-    """Joins the two parts, given as JSON, and signs them with their digest."""
-    rest = b'",\n"graph":' + saved + b',\n"files":' + files + b"}\n"
-    start = b'{"jaxckpt":%d,"digest":"' % VERSION
-    return start + digest(start + rest).hex().encode() + rest
-
-
 def decode(data: bytes, source: str = NAME) -> Manifest:
     """Reads a manifest, and believes none of it.
 
@@ -200,19 +193,7 @@ def _decode(document: _Document, source: str) -> Manifest:
 
 
 def _document(data: bytes, source: str) -> _Document:
-    head = _HEAD.match(data)
-    if head is None:
-        raise CorruptCheckpointError(
-            f"{source} is damaged: it does not begin as a manifest does", files=[NAME]
-        )
-    start, stop = head.span(2)
-    view = memoryview(data)
-    if digest(b"".join([view[:start], view[stop:]])).hex().encode() != head[2]:
-        raise CorruptCheckpointError(f"{source} is damaged: its digest does not fit its bytes", files=[NAME])
-    if int(head[1]) != VERSION:
-        raise UnsupportedFormatError(
-            f"{source} has version {int(head[1])} of the format, not {VERSION}: upgrade jaxckpt"
-        )
+    check_seal(data, source)
     try:
         return _DECODER.decode(data)
     except msgspec.ValidationError as error:

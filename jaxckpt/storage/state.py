@@ -141,7 +141,7 @@ def load(directory: str) -> State:
             sequence=int(document["sequence"]),
             rows=tuple(_decode(row) for row in document["checkpoints"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         warnings.warn(
             f"{os.path.join(directory, FILE)} is damaged; what it said is read from the checkpoints instead",
             CorruptCheckpointWarning,

@@ -1,23 +1,17 @@
-"""What listing needs of a manifest, without its graph: of 5000 leaves it costs a few milliseconds. Pure but
-for the reading of the one file."""  # noqa: D205, D209
+"""What listing needs of a manifest, without its graph: of 5000 leaves it costs a few milliseconds."""
 
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
-from jaxckpt.storage import manifest
-from jaxckpt.storage.chunks import digest
 from jaxckpt.storage.format.documents import FilesDoc
 from jaxckpt.storage.format.json_values import thaw_json
-
-# The same in every version of the format, see `manifest`.
-_START = re.compile(rb'\{"jaxckpt":(\d{1,6}),"digest":"([0-9a-f]{32})",\n')
+from jaxckpt.storage.format.seal import NAME, check_seal
 
 
 class Head(Struct, frozen=True, kw_only=True):
@@ -54,25 +48,14 @@ def read_head(checkpoint: str) -> Head:
         CorruptCheckpointError: it is damaged.
         UnsupportedFormatError: it is a later release's.
     """
-    path = os.path.join(checkpoint, manifest.NAME)
+    path = os.path.join(checkpoint, NAME)
     with open(path, "rb") as file:
         return decode_head(file.read(), path)
 
 
 def decode_head(data: bytes, source: str) -> Head:
     """Like `read_head`, of bytes; ``source`` is for messages."""
-    start = _START.match(data)
-    if start is None:
-        raise CorruptCheckpointError(f"{source} does not begin as a manifest does", files=[manifest.NAME])
-    first, last = start.span(2)
-    view = memoryview(data)
-    if digest(b"".join([view[:first], view[last:]])).hex().encode() != start[2]:
-        raise CorruptCheckpointError(f"the digest of {source} does not fit its bytes", files=[manifest.NAME])
-    if int(start[1]) != manifest.VERSION:
-        raise UnsupportedFormatError(
-            f"{source} has version {int(start[1])} of the format, this release reads {manifest.VERSION}: "
-            "upgrade jaxckpt"
-        )
+    check_seal(data, source)
     try:
         document = _DECODER.decode(data)
         files = document.files
@@ -90,7 +73,7 @@ def decode_head(data: bytes, source: str) -> Head:
         OverflowError,
         RecursionError,
     ) as error:
-        raise CorruptCheckpointError(f"{source} makes no sense: {error}", files=[manifest.NAME]) from error
+        raise CorruptCheckpointError(f"{source} makes no sense: {error}", files=[NAME]) from error
     return Head(
         sequence=files.sequence,
         step=files.step,
