@@ -559,3 +559,11 @@ def test_nothing_is_printed_at_exit(tmp_path):
         [sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True, env=env
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_cast_allows_a_python_float_to_lose_precision(tmp_path):
+    path = saved(tmp_path, {"x": 0.1, "n": 300})
+    tree, status = jaxckpt.restore(path, {"x": jnp.float32(0), "n": 0}, cast=("x",))
+    assert tree["x"] == np.float32(0.1)
+    assert status.cast == ("x",)
+    assert problems(path, {"x": ..., "n": np.int8(0)}, cast=True) == {"n": "dtype"}

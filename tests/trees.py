@@ -182,6 +182,10 @@ _JAX_DTYPES = [
     "float8_e4m3fn",
     "float8_e5m2",
     "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e4m3",
+    "float8_e3m4",
     "float8_e8m0fnu",
     "float4_e2m1fn",
 ]
@@ -205,6 +209,11 @@ _NUMPY = {
     "numpy scalar bool": lambda: np.bool_(True),
     "numpy scalar str": lambda: np.str_("abc"),
     "numpy scalar datetime64": lambda: np.datetime64("2020-01-01", "D"),
+    "numpy 0-d padded string": lambda: np.array("ab", "<U4"),
+    "numpy 0-d padded bytes": lambda: np.array(b"ab", "S4"),
+    "numpy zero size uint4": lambda: np.zeros(0, ml_dtypes.uint4),
+    "numpy zero size strings": lambda: np.zeros((2, 0), "U3"),
+    "numpy scalar padded str": lambda: np.str_("ab\0"),
     "numpy scalar bfloat16": lambda: ml_dtypes.bfloat16(0.5),
 }
 _PYTHON = {

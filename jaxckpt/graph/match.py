@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxckpt.errors import Problem, RestoreError
 from jaxckpt.graph.matching.clash import Finding, Names, absent, containers_differ
-from jaxckpt.graph.matching.compat import compare
+from jaxckpt.graph.matching.compat import compare, is_inexact
 from jaxckpt.graph.matching.hints import Hints
 from jaxckpt.graph.matching.renames import place
 from jaxckpt.graph.matching.transforms import Assemble, Made, apply, carry
@@ -234,7 +234,10 @@ class _Matcher:
                     Finding(index, leaf.key, verdict.kind, *sides, verdict.hint, index, source)
                 )
                 return _NOT_ASKED if function else _MISSING
-            cast, exact = cast or verdict.cast, exact or verdict.exact
+            exact = exact or verdict.exact
+            cast = (
+                cast or verdict.cast or (verdict.exact and self.wishes.cast(index) and is_inexact(leaf.spec))
+            )
         if function:
             return _NOT_ASKED
         return Fill("restored", sources, cast=cast, exact=exact, equal=len(sources) > 1)

@@ -113,13 +113,13 @@ def write(
         SaveError: the files could not be written.
     """
     refuse_fork()
-    if not arrays and not values:
-        values = [(".jaxckpt", b"")]  # a database without a key has no file at all, and then Orbax finds none
     writer = _Writer(directory=directory, budget=max(1, (memory_limit or _MEMORY_LIMIT) // 2), sync=sync)
     try:
         writer.arrays(arrays)
         for key, value in values:
             writer.value(key, value)
+        if not writer.started:
+            writer.value(".jaxckpt", b"")  # without a key there is no file at all, and then Orbax finds none
         writer.commit()
         if aliases:
             writer.aliases(aliases)
@@ -271,6 +271,7 @@ class _Writer:
     inside: Any = None
     pending: list[Any] = field(default_factory=list[Any])
     copied: int = 0
+    started: bool = False
 
     def arrays(self, arrays: Sequence[ArrayWrite]) -> None:
         large = [_by_reference(array) for array in arrays]
@@ -285,7 +286,9 @@ class _Writer:
             self._reference(array, prefix)
         else:
             for chunk, slices in _chunks(array):
-                self._put(prefix + chunk, array.host[slices].tobytes())
+                # (not an item of an array of strings: that comes without the zeros at its end)
+                part = array.host[slices] if slices else array.host
+                self._put(prefix + chunk, part.tobytes())
         if not array.raw:
             self._put(f"{prefix}.zarray", _document(array.host.shape, array.chunk_shape, array.host.dtype))
 
@@ -295,7 +298,7 @@ class _Writer:
     def commit(self) -> None:
         """Writes what is pending."""
         if self.transaction is None:
-            self._open()  # an empty database is one, too
+            return
         for future in self.pending:
             future.result()
         transaction: Any = self.transaction
@@ -325,6 +328,7 @@ class _Writer:
         if self.transaction is None:
             self.transaction = ts.Transaction(atomic=True)
             self.inside = self.store.with_transaction(self.transaction)
+        self.started = True
         return self.inside
 
     def _room(self, nbytes: int) -> Any:

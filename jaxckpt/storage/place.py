@@ -7,6 +7,7 @@ comes out, or refuse it.
 
 from __future__ import annotations
 
+import sys
 import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -109,10 +110,16 @@ class _Job(NamedTuple):
 def _numpy(placement: Placement) -> Any:
     host = placement.host
     if placement.spec.array_type == "scalar":
-        return host[()]
+        return _scalar(host)
     if placement.owned and host.flags.writeable and host.flags.c_contiguous:
         return host
     return np.array(host, order="C", copy=True, subok=False)
+
+
+def _scalar(host: np.ndarray[Any, Any]) -> np.generic:
+    if host.dtype.kind == "U" and host.dtype.isnative:  # an item comes without the zeros at its end
+        return np.str_(host.tobytes().decode(f"utf-32-{sys.byteorder[0]}e", "surrogatepass"))
+    return np.bytes_(host.tobytes()) if host.dtype.kind == "S" else host[()]
 
 
 def _where(placement: Placement, default: Any) -> tuple[Any, Any]:

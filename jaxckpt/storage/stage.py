@@ -140,7 +140,7 @@ def chunk_digests(contents: Contents) -> tuple[dict[str, bytes], tuple[bytes, ..
     for entry, host in zip(contents.entries, contents.hosts, strict=True):
         own: list[bytes] = []
         for place in chunk_slices(entry.shape, entry.chunk_shape):
-            found = digest(_bytes(host[place]))
+            found = digest(_bytes(host[(*place, ...)]))
             chunks[next(keys)] = found
             own.append(found)
         leaves.append(leaf_digest(own))

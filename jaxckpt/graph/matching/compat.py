@@ -48,6 +48,11 @@ def number_kind(dtype: str) -> str:
     return _LETTERS.get(letter, letter)
 
 
+def is_inexact(spec: LeafSpec) -> bool:
+    """Whether it is an array of a dtype that rounds."""
+    return isinstance(spec, ArraySpec) and number_kind(spec.dtype) in ("float", "complex")
+
+
 def compare(saved: LeafSpec, wanted: LeafSpec, *, cast: bool) -> Verdict:
     """Compares a saved leaf with the target's.
 

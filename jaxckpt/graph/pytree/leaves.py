@@ -173,7 +173,7 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
         )
     if dtype.kind == "T":
         raise UnsavableError('an array of variable-width strings; use array.astype("U")')
-    if dtype.char in "gG":
+    if dtype.type in (np.longdouble, np.clongdouble):
         raise UnsavableError(f"{dtype.name} differs between machines; use float64 or complex128")
 
 
