@@ -90,7 +90,15 @@ class Checkpoint:
 
     def replace(self, **edges: Any) -> Self:
         """A copy in which these edges have other values; new names are added."""
-        return type(self)(self._root, **{**self._edges, **edges})
+        own = {name: edges.pop(name) for name in child_names(self._root) if name in edges}
+        root = self._root
+        if own and isinstance(root, Mapping):
+            root = type(root)({**root, **own})  # pyright: ignore[reportCallIssue]
+        elif own:
+            raise ValueError(
+                f"{', '.join(own)}: an edge of the root, a {type(root).__name__}: replace it there"
+            )
+        return type(self)(root, **{**self._edges, **edges})
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
         """The root first, when there is one, under the key that names are made without."""

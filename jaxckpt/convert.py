@@ -99,7 +99,8 @@ def _cast(value: Array, dtype: np.dtype[Any], saved: LeafSpec, wanted: LeafSpec)
                 wanted=f"{wanted}, which holds {low} to {high}",
                 hint="an integer is only cast where every value fits",
             )
-    return value.astype(dtype)
+    with np.errstate(all="ignore"):  # what is too large for a float becomes infinite, as asked
+        return value.astype(dtype)
 
 
 def _exact_array(value: Any, dtype: np.dtype[Any], saved: ValueSpec, wanted: ArraySpec, cast: bool) -> Array:
@@ -114,10 +115,11 @@ def _exact_array(value: Any, dtype: np.dtype[Any], saved: ValueSpec, wanted: Arr
             if abs(int(value)) < 2**63
             else np.asarray(value, dtype=dtype)
         )
-    array = np.asarray(value).astype(dtype)
+    with np.errstate(all="ignore"):  # the comparison tells
+        array = np.asarray(value).astype(dtype)
+        back = array.astype(np.asarray(value).dtype).item()
     if cast:
         return array
-    back = array.astype(np.asarray(value).dtype).item()
     if back != value and not (value != value and back != back):  # NaN is NaN
         raise MisfitError(
             kind="dtype",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxckpt.convert import MisfitError, check_result, convert, describe, same
-from jaxckpt.errors import Problem, RestoreError
+from jaxckpt.errors import Problem, ProblemKind, RestoreError
 from jaxckpt.graph.flatten import Flat, flatten
 from jaxckpt.graph.match import Fill, Match
-from jaxckpt.graph.model import ArraySpec, IteratorSpec, ObjectGraph
+from jaxckpt.graph.model import ArraySpec, IteratorSpec, Leaf, LeafSpec, ObjectGraph
 from jaxckpt.initialize import Initializer
 from jaxckpt.progress import Report, silent
 from jaxckpt.reader import CheckpointReader
@@ -132,7 +132,12 @@ class Filler:
         saved = [self._reader.graph.leaves[source] for source in fill.sources]
         if fill.function is not None:
             arrays = [np.asarray(values[source]) for source in fill.sources]
-            return check_result(fill.function(arrays), leaf.spec, describe(saved))
+            try:
+                result = fill.function(arrays)
+            except Exception as error:
+                error.add_note(f"This is the transform of {describe(saved)} to {leaf.key}.")
+                raise
+            return check_result(result, leaf.spec, describe(saved))
         return convert(values[fill.sources[0]], saved[0].spec, leaf.spec, cast=fill.cast)
 
     def _identity(self, index: int) -> Any:
@@ -173,10 +178,10 @@ def set_state(iterator: Any, state: Any) -> None:
 
 
 def initialize_leaves(flat: Flat, wanted: Sequence[int], initializer: Initializer) -> list[Any]:
-    """The values that an initializer gives for these leaves of a target.
+    """The values that an initializer gives for these leaves of a target, all of them abstract arrays.
 
     Raises:
-        RestoreError: it lacks one, or gives another shape or dtype.
+        RestoreError: it lacks one, or gives another kind, shape or dtype.
     """
     given = flatten(initializer.target, target=True)
     problems: list[Problem] = []
@@ -184,27 +189,40 @@ def initialize_leaves(flat: Flat, wanted: Sequence[int], initializer: Initialize
     for index in wanted:
         leaf = flat.graph.leaves[index]
         other = given.graph.by_key.get(leaf.key)
-        spec = given.graph.leaves[other].spec if other is not None else None
-        if other is None or not isinstance(spec, ArraySpec):
-            text = "nothing" if spec is None else str(spec)
-            problems.append(
-                Problem(key=leaf.key, kind="missing", saved=f"{text} from init_fn", wanted=str(leaf.spec))
-            )
-        elif str(spec) != str(leaf.spec):
-            problems.append(
-                Problem(key=leaf.key, kind="shape", saved=f"{spec} from init_fn", wanted=str(leaf.spec))
-            )
-        else:
+        problem = _unfit(leaf, None if other is None else given.graph.leaves[other].spec)
+        if problem is not None:
+            problems.append(problem)
+        elif other is not None:
             found.append(other)
     if problems:
         raise RestoreError("init_fn does not fit the target:", problems)
-    traced = [place for place, other in enumerate(found) if initializer.outputs[other] >= 0]
-    results = [given.values[other] for other in found]
-    shardings = [getattr(flat.values[wanted[place]], "sharding", None) for place in traced]
-    computed = initializer.compute([found[place] for place in traced], shardings)
-    for place, value in zip(traced, computed, strict=True):
-        results[place] = value
-    return results
+    likes = [flat.values[index] for index in wanted]
+    computed = initializer.compute(found, [getattr(like, "sharding", None) for like in likes])
+    values = [
+        given.values[other] if value is None else value for other, value in zip(found, computed, strict=True)
+    ]
+    specs = [flat.graph.leaves[index].spec for index in wanted]
+    return devices.conform(values, specs, likes)
+
+
+def _unfit(leaf: Leaf, given: LeafSpec | None) -> Problem | None:
+    """What is wrong with what an initializer gives for a leaf, if anything."""
+    wanted = leaf.spec
+    kind: ProblemKind | None = None
+    if given is None:
+        kind = "missing"
+    elif not isinstance(given, ArraySpec) or not isinstance(wanted, ArraySpec) or given.impl != wanted.impl:
+        kind = "kind"
+    elif given.shape != wanted.shape:
+        kind = "shape"
+    elif given.dtype != wanted.dtype:
+        kind = "dtype"
+    if kind is None:
+        return None
+    saved = "nothing from init_fn" if given is None else f"{given} from init_fn"
+    return Problem(
+        key=leaf.key, kind=kind, saved=saved, wanted=str(wanted), hint="init_fn gives the whole tree"
+    )
 
 
 def fill_matched(

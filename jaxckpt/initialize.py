@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AbstractMesh
 from msgspec import Struct
 
 
@@ -27,19 +28,43 @@ class Initializer(Struct, frozen=True, kw_only=True):
         """The arrays at these leaves; the others are neither computed nor allocated.
 
         Args:
-            leaves: indices into the leaves of ``target``, all of them arrays.
-            shardings: one for each, None for the default device and an uncommitted array.
+            leaves: indices into the leaves of ``target``.
+            shardings: one for each, None for wherever JAX puts it.
+
+        Returns:
+            One for each leaf, None for one that is no `jax.Array` of the trace. It lies where its sharding
+            says as far as a program can see to it under the mesh that is set.
         """
-        if not leaves:
-            return []
-        wanted = [self.outputs[leaf] for leaf in leaves]
+        # One program computes for one set of devices.
+        groups: dict[Any, list[int]] = {}
+        for place, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True)):
+            if self.outputs[leaf] >= 0:
+                groups.setdefault(_devices(sharding), []).append(place)
+        results: list[Any] = [None] * len(leaves)
+        for devices, places in groups.items():
+            outputs = [self.outputs[leaves[place]] for place in places]
+            values = self._run(outputs, None if devices is None else [shardings[place] for place in places])
+            for place, value in zip(places, values, strict=True):
+                results[place] = value
+        return results
+
+    def _run(self, outputs: Sequence[int], shardings: Sequence[Any] | None) -> Sequence[Any]:
         run = jaxpr_as_fun(self.jaxpr)
 
         def part() -> list[Any]:
             results = run()
-            return [results[index] for index in wanted]
+            return [results[index] for index in outputs]
 
-        return list(jax.jit(part, out_shardings=list(shardings))())
+        return jax.jit(part)() if shardings is None else jax.jit(part, out_shardings=list(shardings))()
+
+
+def _devices(sharding: Any) -> frozenset[Any] | None:
+    """The devices that a program's outputs can be asked to be on; None to leave that to JAX."""
+    if sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return None
+    devices = frozenset(sharding.device_set)
+    current: Any = jax.sharding.get_mesh()
+    return devices if current.empty or frozenset(current.devices.flat) == devices else None
 
 
 def trace(init_fn: Callable[[], Any]) -> Initializer:

@@ -54,6 +54,10 @@ class CheckpointReader(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._find(key) is not None
 
+    # A Mapping would compare, hence read, all values.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+
     def __repr__(self) -> str:
         return f"<CheckpointReader {self.path}: {len(self)} values>"
 
@@ -65,6 +69,11 @@ class CheckpointReader(Mapping[str, Any]):
             make: makes of an array and its spec what it was; for arrays inside iterators' states.
         """
         return self._open.read(leaves, make)
+
+    @property
+    def save_counter(self) -> int | None:
+        """The number that a numbered save, `Checkpoint.save` or a manager's, recorded; else None."""
+        return self._open.manifest.files.save_counter
 
     def nbytes(self, leaf: int) -> int:
         """Bytes that reading a leaf takes; Python values, which the graph holds, take none."""

@@ -14,6 +14,7 @@ class SaveReport:
         path: the checkpoint.
         step: the step it was saved as, or None.
         nbytes: bytes of all its files.
+        nbytes_shared: how many of them it has in common with an earlier checkpoint.
         leaves: how many leaves have a value in it, slots included.
         slots: how many of them are slots.
         slots_left_out: slots of optimizers whose variables are not in the tree.
@@ -27,6 +28,7 @@ class SaveReport:
     path: str
     step: int | None = None
     nbytes: int = 0
+    nbytes_shared: int = 0
     leaves: int = 0
     slots: int = 0
     slots_left_out: int = 0

@@ -51,7 +51,8 @@ def restore(
         partial: True, or key patterns: leaves that are not in the checkpoint keep the target's own value.
         cast: True, or key patterns: a float becomes another float, an integer another that holds it.
         skip_slots: leaves slots, and the counts that belong to them, as they are in the target.
-        sharding: without a target, where arrays go: a `jax.sharding.Sharding`, a function of
+        sharding: without a target, where arrays go: a `jax.sharding.Sharding`, a `Mesh` (the saved axes on
+            it, by name), a function of
             (key, ShapeDtypeStruct), or `numpy.ndarray` for numpy.
         memory_limit: bytes of host memory for what is read and not yet placed.
         progress: called with (bytes done, bytes in all), or True for a bar.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ from jaxckpt.reader import CheckpointReader, PathLike, has_value, open_exact
 from jaxckpt.restored import Restored, State
 from jaxckpt.storage.format.dtypes import numpy_dtype
 
-#: Where arrays go: a `jax.sharding.Sharding`, a function of (key, ShapeDtypeStruct), `numpy.ndarray`, None.
+#: Where arrays go: a `jax.sharding.Sharding` or `Mesh`, a function of (key, ShapeDtypeStruct) that gives a
+#: sharding or None, `numpy.ndarray`, or None for the default device.
 Where = Any
 
 
@@ -116,13 +118,23 @@ def _model(leaf: Leaf, sharding: Where) -> tuple[LeafSpec, Any]:
 def _abstract_leaf(reader: CheckpointReader, leaf: Leaf, sharding: Where) -> Any:
     if isinstance(leaf.spec, ArraySpec):
         dtype = numpy_dtype(leaf.spec.dtype)
-        if dtype.kind in "USMm" or not dtype.isnative:
+        if sharding is np.ndarray or dtype.kind in "USMm" or not dtype.isnative:
             # JAX has no such dtype: numpy's place holder, which takes no memory whatever its shape.
-            return np.broadcast_to(np.zeros((), dtype), leaf.spec.shape)
+            return np.broadcast_to(np.zeros((), dtype), leaf.spec.stored_shape)
         return abstract(leaf.key, leaf.spec, sharding)
     if leaf.kind == "value":
         return reader[leaf.key]
     return ...
+
+
+def _on_mesh(mesh: jax.sharding.Mesh, spec: ArraySpec) -> jax.sharding.NamedSharding:
+    """The saved layout on another mesh, by its axis names; whole where an axis lacks or does not divide."""
+    axes: list[tuple[str, ...] | None] = []
+    for length, names in zip(spec.shape, spec.sharding.spec if spec.sharding else (), strict=False):
+        there = tuple(name for name in names if name in mesh.shape)
+        parts = math.prod(mesh.shape[name] for name in there)
+        axes.append(there if there and length % parts == 0 else None)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def abstract(key: str, spec: ArraySpec, sharding: Where) -> jax.ShapeDtypeStruct:
@@ -131,14 +143,18 @@ def abstract(key: str, spec: ArraySpec, sharding: Where) -> jax.ShapeDtypeStruct
     if spec.impl is not None:
         dtype = jax.eval_shape(lambda: jax.random.key(0, impl=spec.impl)).dtype
     plain = jax.ShapeDtypeStruct(spec.shape, dtype, weak_type=spec.weak_type)
-    where: Any = sharding
-    if isinstance(sharding, Callable) and not isinstance(sharding, jax.sharding.Sharding):
+    where: Any = _on_mesh(sharding, spec) if isinstance(sharding, jax.sharding.Mesh) else sharding
+    if (
+        not isinstance(sharding, jax.sharding.Mesh)
+        and isinstance(sharding, Callable)
+        and not isinstance(sharding, jax.sharding.Sharding)
+    ):
         where = sharding(key, plain)
     if where is None:
         return plain
     if not isinstance(where, jax.sharding.Sharding):
         raise TypeError(
-            "sharding= takes a jax.sharding.Sharding, a function of (key, ShapeDtypeStruct) that gives one "
-            f"or None, or numpy.ndarray; for {key} it is {where!r}"
+            "sharding= takes a jax.sharding.Sharding or Mesh, a function of (key, ShapeDtypeStruct) that "
+            f"gives one or None, or numpy.ndarray; for {key} it is {where!r}"
         )
     return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=where, weak_type=spec.weak_type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from jaxckpt.errors import SlotsLeftOutWarning
 from jaxckpt.graph.flatten import Flat, flatten
@@ -134,6 +135,7 @@ def submit(tree: Any, order: Order) -> SaveFuture:
     started = time.time()
     clock = Stopwatch()
     freeze_json(order.metadata)  # refuses here what the manifest could not hold
+    order = structs.replace(order, metadata=copy.deepcopy(order.metadata))
     directory.check(order.path, overwrite=order.overwrite)
     flat = flatten(tree)
     clock.lap("flatten")

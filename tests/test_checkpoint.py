@@ -111,3 +111,12 @@ def test_without_a_target_a_checkpoint_comes_back(tmp_path):
 def test_a_checkpoint_and_a_dict_are_the_same_to_restore(tmp_path):
     Checkpoint(net={"w": np.ones(2)}, step=3).write(tmp_path / "a")
     assert jaxckpt.restore(tmp_path / "a", {"net": {"w": np.zeros(2)}, "step": 0}).tree["step"] == 3
+
+
+def test_an_edge_of_a_root_can_be_replaced():
+    assert Checkpoint({"a": 1}, b=2).replace(a=3, b=4) == Checkpoint({"a": 3}, b=4)
+
+
+def test_the_number_is_recorded(tmp_path):
+    path = Checkpoint(w=1).save(tmp_path / "a")
+    assert jaxckpt.load_checkpoint(path).save_counter == 1

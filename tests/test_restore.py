@@ -567,3 +567,135 @@ def test_cast_allows_a_python_float_to_lose_precision(tmp_path):
     assert tree["x"] == np.float32(0.1)
     assert status.cast == ("x",)
     assert problems(path, {"x": ..., "n": np.int8(0)}, cast=True) == {"n": "dtype"}
+
+
+# ---- what initialize computes is like the target ----
+
+
+def test_initialize_gives_the_targets_types(tmp_path):
+    mesh, other = (
+        jax.make_mesh((4,), ("d",), devices=jax.devices()[:4]),
+        jax.make_mesh((4,), ("d",), devices=jax.devices()[4:]),
+    )
+    target = {
+        "strong": jax.ShapeDtypeStruct((), "float32"),
+        "weak": jax.ShapeDtypeStruct((), "float32", weak_type=True),
+        "split": jax.ShapeDtypeStruct((8,), "float32", sharding=NamedSharding(mesh, P("d"))),
+        "there": jax.ShapeDtypeStruct((8,), "float32", sharding=NamedSharding(other, P("d"))),
+        "one": jax.ShapeDtypeStruct((2,), "float32", sharding=SingleDeviceSharding(jax.devices()[3])),
+        "free": jax.ShapeDtypeStruct((2,), "float32"),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+        "host": jax.ShapeDtypeStruct((2,), "float32"),
+    }
+
+    def init():
+        return {
+            "strong": jnp.full((), 1.0),
+            "weak": jnp.float32(1),
+            "split": jnp.arange(8.0),
+            "there": jnp.arange(8.0),
+            "one": jnp.ones(2),
+            "free": jnp.ones(2),
+            "key": jax.random.key(3),
+            "host": np.ones(2, np.float32),
+        }
+
+    for active in (mesh, jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])):
+        with jax.set_mesh(active):
+            tree = jaxckpt.restore(None, target).initialize(init).tree
+        for name, value in tree.items():
+            assert isinstance(value, jax.Array), name
+            assert value.dtype == target[name].dtype
+            assert bool(getattr(value, "weak_type", False)) == (name == "weak"), name
+            assert value.committed == (target[name].sharding is not None), name
+            if target[name].sharding is not None:
+                assert value.sharding == target[name].sharding
+        assert (np.asarray(tree["there"]) == np.arange(8)).all()
+        assert (jax.random.key_data(tree["key"]) == jax.random.key_data(jax.random.key(3))).all()
+
+
+def test_initialize_names_the_kind_of_problem():
+    target = {name: jax.ShapeDtypeStruct((2,), "float32") for name in "abcd"}
+    with pytest.raises(jaxckpt.RestoreError) as caught:
+        jaxckpt.restore(None, target).initialize(
+            lambda: {"a": jnp.ones(2, jnp.bfloat16), "b": 3, "c": jnp.ones(3)}
+        )
+    assert {p.key: p.kind for p in caught.value.problems} == {
+        "a": "dtype", "b": "kind", "c": "shape", "d": "missing"
+    }  # fmt: skip
+
+
+def test_a_mesh_without_a_target(tmp_path):
+    eight = jax.make_mesh((4, 2), ("a", "b"))
+    tree = {
+        "x": jax.device_put(jnp.arange(16.0).reshape(8, 2), NamedSharding(eight, P("a", "b"))),
+        "y": jax.device_put(jnp.arange(8.0), NamedSharding(eight, P(("a", "b")))),
+        "n": 3,
+    }
+    path = saved(tmp_path, tree)
+    for mesh, want in ((jax.make_mesh((2,), ("a",)), P("a")), (jax.make_mesh((3,), ("a",)), P())):
+        result = jaxckpt.restore(path, sharding=mesh).tree
+        assert result["x"].sharding.is_equivalent_to(NamedSharding(mesh, want), 2)
+        assert (np.asarray(result["x"]) == np.arange(16.0).reshape(8, 2)).all()
+        assert result["n"] == 3
+
+
+def test_metadata_is_copied(tmp_path):
+    metadata = {"a": [1]}
+    future = jaxckpt.save_async(tmp_path / "a", {"w": np.ones(1_000_000)}, metadata=metadata)
+    metadata["a"].append({2})
+    future.result()
+    assert jaxckpt.load_checkpoint(tmp_path / "a").metadata == {"a": [1]}
+
+
+def test_a_function_in_an_iterators_state_is_refused(tmp_path):
+    class Odd(Counter):
+        def get_state(self):
+            return {"dtype": np.float32}
+
+    with pytest.raises(jaxckpt.UnsupportedLeafError, match="data/dtype"):
+        jaxckpt.save(tmp_path / "a", {"data": Odd()})
+
+
+def test_an_iterators_state_of_a_class_that_is_not_at_hand(tmp_path):
+    import flax.struct
+
+    @flax.struct.dataclass
+    class State:
+        position: int
+
+    class Odd(Counter):
+        def get_state(self):
+            return State(position=3)
+
+        def set_state(self, state):
+            self.position = state.position
+
+    path = saved(tmp_path, {"data": Odd()})
+    target = Odd()
+    jaxckpt.restore(path, {"data": target}).status.assert_consumed()
+    assert target.position == 3
+
+
+def test_overflow_is_no_warning(tmp_path):
+    path = saved(tmp_path, {"x": 1e300, "y": np.array([1e300])})
+    assert problems(path, {"x": jnp.float32(0), "y": ...}) == {"x": "dtype"}
+    tree, _ = jaxckpt.restore(path, {"x": jnp.float32(0), "y": np.zeros(1, np.float32)}, cast=True)
+    assert np.isinf(tree["x"])
+    assert np.isinf(tree["y"])
+
+
+def test_a_transform_that_raises_says_of_what(tmp_path):
+    path = saved(tmp_path, {"x": jnp.ones(2)})
+    with pytest.raises(ZeroDivisionError) as caught:
+        jaxckpt.restore(path, {"y": jnp.ones(2)}, transform={"y": ("x", lambda x: 1 // 0)})
+    assert caught.value.__notes__ == ["This is the transform of x to y."]
+
+
+def test_readers_compare_by_identity(tmp_path):
+    path = saved(tmp_path, {"x": jnp.ones(2)})
+    reader = jaxckpt.load_checkpoint(path)
+    assert reader == reader
+    assert reader != jaxckpt.load_checkpoint(path)
+    assert reader in {reader}
+    assert reader.save_counter is None

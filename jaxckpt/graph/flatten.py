@@ -236,5 +236,12 @@ def _state(iterator: object, key: str, prefix: str) -> Flat:
     arrays in it are copied with those of the tree.
     """
     assert is_iterator(iterator)
-    state = iterator_state(iterator)
-    return _flatten(state, target=False, prefix=join(prefix, key), optimizers=False)
+    where = join(prefix, key)
+    flat = _flatten(iterator_state(iterator), target=False, prefix=where, optimizers=False)
+    for leaf in flat.graph.leaves:
+        if leaf.kind == "callable":  # no target has it to give back
+            raise UnsupportedLeafError(
+                f"{join(where, leaf.key)}: {leaf.spec} is in the state of an iterator, which has values "
+                "only: let get_state give its name"
+            )
+    return flat

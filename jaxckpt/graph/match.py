@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from msgspec.structs import replace as replace_struct
+
 from jaxckpt.errors import Problem, RestoreError
 from jaxckpt.graph.matching.clash import Finding, Names, absent, containers_differ
 from jaxckpt.graph.matching.compat import compare, is_inexact
 from jaxckpt.graph.matching.hints import Hints
+from jaxckpt.graph.matching.rehome import rehome
 from jaxckpt.graph.matching.renames import place
 from jaxckpt.graph.matching.transforms import Assemble, Made, apply, carry
 from jaxckpt.graph.matching.view import containers, look, optimizers_of
@@ -128,8 +131,14 @@ class _Matcher:
         targets = optimizers_of(target)
         wanted = containers(target.structure, targets)
         self.wishes = Wishes(rules, target.leaves, wanted)
+        found = containers(view.structure, view.optimizers)
         made = apply(rules, view.leaves, target.leaves)
-        placed = place(view, rules, containers(view.structure, view.optimizers), targets)
+        placed = place(view, rules, found, targets)
+        moved = rehome(view.leaves, placed.leaves, {leaf.key for leaf in target.leaves}, made.values())
+        if moved is not None:
+            view = replace_struct(view, leaves=moved)
+            made = apply(rules, view.leaves, target.leaves)
+            placed = place(view, rules, found, targets)
         self.made: dict[int, Made] = {**made, **carry(made, view.leaves, placed.leaves, target.leaves)}
         self.names = Names(view=view, placed=placed, wanted=wanted)
         self.sources: dict[int, tuple[int, ...]] = {}

@@ -7,8 +7,8 @@ comes out, or refuse it.
 
 from __future__ import annotations
 
-import sys
 import contextlib
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,7 +116,7 @@ def _numpy(placement: Placement) -> Any:
     return np.array(host, order="C", copy=True, subok=False)
 
 
-def _scalar(host: np.ndarray[Any, Any]) -> np.generic:
+def _scalar(host: np.ndarray[Any, Any]) -> Any:
     if host.dtype.kind == "U" and host.dtype.isnative:  # an item comes without the zeros at its end
         return np.str_(host.tobytes().decode(f"utf-32-{sys.byteorder[0]}e", "surrogatepass"))
     return np.bytes_(host.tobytes()) if host.dtype.kind == "S" else host[()]

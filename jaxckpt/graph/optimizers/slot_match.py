@@ -73,7 +73,40 @@ def match_states(
     if left:
         used = result.used().union(taken)
         _by_path(result, {i: leaf for i, leaf in saved.items() if i not in used}, left, fresh, ordained)
+    _keep_together(result, saved, wanted, found, fresh, ordained)
     return result
+
+
+def _keep_together(
+    result: StateMatch,
+    saved: Mapping[int, Leaf],
+    wanted: Mapping[int, Leaf],
+    found: Mapping[Hashable, Sequence[int]],
+    fresh: Collection[int],
+    ordained: Collection[int],
+) -> None:
+    """What several states could give goes where the slots of its own state went: a count to its moments."""
+    origins: dict[Hashable, set[Hashable]] = {}
+    for i, sources in result.sources.items():
+        if _state(wanted[i]).is_slot and len(sources) == 1:
+            origins.setdefault(_which(wanted[i]), set()).add(_which(saved[sources[0]]))
+    for i, leaf in wanted.items():
+        states = origins.get(_which(leaf))
+        if i in fresh or not states:
+            continue
+        is_slot = _state(leaf).is_slot
+        sources = result.ambiguous.get(i, ()) if is_slot else found.get(_identity(leaf, {}), ())
+        if len(sources) < 2 or any(j in ordained for j in sources):
+            continue
+        own = tuple(j for j in sources if _which(saved[j]) in states)
+        if len(own) == 1 or (own and _all_scalars([leaf.spec, *(saved[j].spec for j in own)])):
+            result.sources[i] = own
+            result.ambiguous.pop(i, None)
+
+
+def _which(leaf: Leaf) -> Hashable:
+    state = _state(leaf)
+    return (state.optimizer, state.state_class, state.ordinal)
 
 
 def _by_path(
