@@ -50,12 +50,13 @@ class StandIn:
         self._children = tuple(children)
 
     def __getattr__(self, name: str) -> Any:
-        # (Copying and unpickling look for attributes before there is one.)
-        if not name.startswith("__") and name not in StandIn.__slots__:
+        if name in StandIn.__slots__:
+            raise AttributeError(name)  # copying and unpickling look for attributes before there is one
+        if not name.startswith("__"):
             for key, child in zip(self._structure.names, self._children, strict=True):
                 if key.type == "attr" and key.text == name:
                     return child
-        raise AttributeError(f"this stand-in has no attribute {name!r}")
+        raise AttributeError(f"{self._title()} has no attribute {name!r}")
 
     def __getitem__(self, item: object) -> Any:
         for key, child in zip(self._structure.names, self._children, strict=True):
