@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import NDArray
 
 import jaxckpt
 
@@ -45,10 +46,10 @@ class Digits:
         self._seed = seed
         self._position = 0
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
         return self
 
-    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+    def __next__(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         per_epoch = len(self._images) // self._batch
         epoch, index = divmod(self._position, per_epoch)
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._images))
