@@ -19,8 +19,7 @@ from jaxckpt.restoring import Restored, restore
 from jaxckpt.saving import Order, submit
 from jaxckpt.storage import pins, retention, state
 from jaxckpt.storage.ledger import Ledger, later
-from jaxckpt.storage.retention import CheckpointInfo as CheckpointInfo
-from jaxckpt.storage.retention import Keep, Metrics, Mode, Policy
+from jaxckpt.storage.retention import CheckpointInfo, Keep, Metrics, Mode, Policy
 from jaxckpt.writer import SaveFuture, writer
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class CheckpointManager:
         self._closed = False
         self._turn = threading.Lock()  # one call of save at a time; never taken by the writer's thread
         self._pending: list[_Pending] = []
-        self._failed: list[SaveFuture] = []
+        self._failed, self._told_of = list[SaveFuture](), list[SaveFuture]()
         self._last: LastSave | None = None
         self._calls = 0
         self._told: set[str] = set()
@@ -173,10 +172,10 @@ class CheckpointManager:
         self._settle()
         if step is None:
             attempt = partial(restore, target=target, **options)
-            found = listing.take_newest(self._ledger.candidates, self.directory, attempt)
+            found = listing.take_newest(self._ledger.candidates, self._ledger.root, attempt)
             return attempt(None) if found is None else found
         row = self._ledger.find(as_step(step))
-        restored = restore(self._ledger.path(row), target, **options)
+        restored = restore(os.path.join(self._ledger.root, row.name), target, **options)
         self._tell_of_later(row)
         return restored
 
@@ -302,6 +301,8 @@ class CheckpointManager:
         except Exception as failure:
             if error is None:
                 raise
+            for future in self._told_of:
+                future.seen = False  # whoever handles the other error may not see this: the exit code tells
             error.add_note(f"While this was raised, a checkpoint could not be saved: {failure}")
 
     def __repr__(self) -> str:
@@ -378,15 +379,14 @@ class CheckpointManager:
     def _raise_failed(self) -> None:
         self._reap()
         failed, self._failed = self._failed, []
-        errors = [(future.path, future.exception()) for future in failed if not future.seen]
-        if not errors:
+        told = self._told_of = [future for future in failed if not future.seen]
+        errors = [future.exception() for future in told]
+        if not errors or errors[0] is None:
             return
-        path, error = errors[0]
-        assert error is not None
-        error.add_note(f"It was saving {path}, in the background.")
-        for path, other in errors[1:]:
-            error.add_note(f"Saving {path} failed as well: {other}")
-        raise error
+        errors[0].add_note(f"It was saving {told[0].path}, in the background.")
+        for future, other in zip(told[1:], errors[1:], strict=True):
+            errors[0].add_note(f"Saving {future.path} failed as well: {other}")
+        raise errors[0]
 
     def _tell_of_later(self, row: Row) -> None:
         after = later(self._ledger.candidates(), row)

@@ -136,6 +136,7 @@ def submit(tree: Any, order: Order) -> SaveFuture:
     clock = Stopwatch()
     freeze_json(order.metadata)  # refuses here what the manifest could not hold
     order = structs.replace(order, metadata=copy.deepcopy(order.metadata))
+    state.refuse_tensorflow(os.path.dirname(order.path))
     directory.check(order.path, overwrite=order.overwrite)
     flat = flatten(tree)
     clock.lap("flatten")

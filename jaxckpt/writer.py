@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxckpt.report import SaveReport
 
@@ -38,10 +38,10 @@ class SaveFuture(Future[SaveReport]):
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """The report, as soon as the checkpoint is durable; raises what made the save fail."""
-        self.seen = self.seen or self.done() or timeout is None
-        report = super().result(timeout)
-        self.seen = True
-        return report
+        try:
+            return super().result(timeout)
+        finally:
+            self.seen = self.seen or self.done()  # an interrupted wait has seen nothing
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What made the save fail, or None."""
@@ -160,17 +160,25 @@ writer = Writer()
 def _report_at_exit() -> None:
     # Threads that are no daemons have ended by now. An exit handler cannot set the exit code, so a
     # failure that nobody saw ends the process here, after the handlers that are still to come.
+    if writer.busy:  # the wait for the threads was interrupted
+        print("jaxckpt: interrupted: the save that was under way is given up", file=sys.stderr)
+        _end(130)
     failed = writer.unseen()
     if not failed:
         return
     for future in failed:
         print(f"jaxckpt: saving {future.path} failed: {Future.exception(future)}", file=sys.stderr)
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process with this code, after the exit handlers that are still to come."""
     atexit.unregister(_report_at_exit)
     _run_exit_handlers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: there is nobody left to tell
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _run_exit_handlers() -> Any:

@@ -307,3 +307,20 @@ def test_calls_are_counted_where_no_step_is_given(tmp_path):
         assert manager.save(tree()) is None  # it would be 5
         assert manager.save(tree(), force=True).result().step == 5
         assert manager.save(tree()).result().step == 6
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with jaxckpt.CheckpointManager("ck") as manager:
+        manager.save({"x": 1}, step=1)
+        manager.wait()
+        monkeypatch.chdir(tmp_path / "sub")
+        assert manager.restore({"x": 0}).tree == {"x": 1}
+        assert manager.restore({"x": 0}, step=1).tree == {"x": 1}
+
+
+def test_a_tensorflow_directory_is_not_saved_into_by_hand(tmp_path):
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "ckpt-1"\n')
+    with pytest.raises(jaxckpt.UnsupportedFormatError, match="TensorFlow"):
+        jaxckpt.save(tmp_path / "ckpt-1", {"x": 1})

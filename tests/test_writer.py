@@ -198,11 +198,12 @@ def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
     warnings.simplefilter("ignore")  # jax warns about every fork
     from jaxckpt import saving as save
     path = {str(tmp_path / "a")!r}
-    gate = threading.Event()  # the save cannot end before the child has
-    def slow(): assert gate.wait(60)
+    reached, gate = threading.Event(), threading.Event()  # the save cannot end before the child has
+    def slow(): reached.set(); assert gate.wait(60)
     key = jax.random.key(0)
     jaxckpt.save(path + "-before", {{"w": jnp.ones(3)}})
     future = save.submit({{"w": jnp.ones(3)}}, save.Order(path=path, before_commit=slow))
+    assert reached.wait(60)
     child = os.fork()
     if child == 0:
         try:
@@ -214,8 +215,7 @@ def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
         except jaxckpt.CheckpointError as error:
             print("child:", type(error).__name__, flush=True)
         print("child:", jaxckpt.restore(path + "-before", {{"w": np.zeros(3, np.float32)}}).tree["w"], flush=True)
-        import sys
-        sys.exit(7)
+        os._exit(7)  # as the children of multiprocessing do; jax's own exit handlers can hang after a fork
     _, status = os.waitpid(child, 0)
     print("child ended with", os.waitstatus_to_exitcode(status), flush=True)
     gate.set()
@@ -229,3 +229,20 @@ def test_a_forked_child_neither_waits_nor_finishes_its_parents_saves(tmp_path):
     assert "child: [1. 1. 1.]" in result.stdout
     assert "child ended with 7" in result.stdout
     assert result.stdout.endswith("['a', 'a-before']\n")
+
+
+def test_a_failure_beside_another_error_still_ends_in_a_non_zero_exit(tmp_path):
+    code = f"""
+    import resource, signal, numpy as np, jaxckpt, sys
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with jaxckpt.CheckpointManager({str(tmp_path / "d")!r}) as manager:
+            manager.save({{"w": np.random.rand(1 << 20)}})
+            raise ValueError("something else")
+    except ValueError:
+        pass
+    """
+    result = run(code)
+    assert result.returncode == 1
+    assert "jaxckpt: saving" in result.stderr

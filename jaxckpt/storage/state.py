@@ -150,6 +150,19 @@ def load(directory: str) -> State:
         return State()
 
 
+def refuse_tensorflow(directory: str) -> None:
+    """Raises `UnsupportedFormatError` where the state file is TensorFlow's: it is never written there."""
+    try:
+        data = _read(os.path.join(directory, FILE))
+    except OSError:
+        return
+    if _TENSORFLOW.match(data):
+        raise UnsupportedFormatError(
+            f"{directory} belongs to TensorFlow ({os.path.join(directory, FILE)} is its state file) and is "
+            "never written to: use a directory of your own"
+        )
+
+
 def check_ours(directory: str) -> None:
     """Raises `UnsupportedFormatError` where the state file is somebody else's and must not be replaced."""
     path = os.path.join(directory, FILE)
@@ -162,11 +175,7 @@ def check_ours(directory: str) -> None:
             f"{path} is a directory, where a manager keeps its state file: "
             "give the manager a directory of its own"
         ) from None
-    if _TENSORFLOW.match(data):
-        raise UnsupportedFormatError(
-            f"{directory} belongs to TensorFlow ({path} is its state file) and is never written to: "
-            "give the manager a directory of its own"
-        )
+    refuse_tensorflow(directory)
     try:
         document = json.loads(data)
         later = document["format"] == _FORMAT and document["version"] > _VERSION
