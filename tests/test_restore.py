@@ -334,9 +334,13 @@ def test_initialize_computes_only_what_is_missing(tmp_path):
     path = saved(tmp_path, {"a": jnp.arange(3.0)})
     computed = []
 
+    def record(x):
+        computed.append(1)
+        return x
+
     def init():
-        jax.debug.callback(lambda: None)
-        return {"a": jnp.zeros(3), "b": jnp.full((2,), 5.0), "n": 4}
+        a = jax.pure_callback(record, jax.ShapeDtypeStruct((3,), "float32"), jnp.zeros(3))
+        return {"a": a, "b": jnp.full((2,), 5.0), "n": 4}
 
     target = {"a": jax.ShapeDtypeStruct((3,), "float32"), "b": jax.ShapeDtypeStruct((2,), "float32"), "n": 0}
     result = jaxckpt.restore(path, target, partial=True)
@@ -347,6 +351,8 @@ def test_initialize_computes_only_what_is_missing(tmp_path):
     assert tree["b"].tolist() == [5, 5]
     assert status.missing == ("b", "n")
     assert not computed
+    jax.block_until_ready(jaxckpt.restore(None, target).initialize(init).tree)
+    assert computed
 
 
 def test_initialize_says_what_does_not_fit(tmp_path):
