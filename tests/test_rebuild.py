@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from jaxckpt.graph import rebuild as module
 from jaxckpt.graph.flatten import flatten
 from jaxckpt.graph.marks import Optimizer, Values
-from jaxckpt.graph.pytree.leaves import MissingFunction
+from jaxckpt.graph.pytree.functions import MissingFunction
 from jaxckpt.graph.pytree.standin import StandIn
 from jaxckpt.graph.rebuild import rebuild
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 
 from jaxckpt.errors import UnsupportedLeafError
 from jaxckpt.graph.model import (
+    ArraySpec,
     IteratorSpec,
     Leaf,
     LeafSpec,
     ObjectGraph,
-    SkippedSpec,
     ValueSpec,
     join,
 )
-from jaxckpt.graph.pytree.leaves import Kind, UnsavableError, classify, is_iterator, iterator_state
+from jaxckpt.graph.pytree.leaves import Kind, classify_all, is_iterator, iterator_state
 from jaxckpt.graph.pytree.nodes import build, skip_orphans
 from jaxckpt.graph.pytree.signature import signature
 from jaxckpt.graph.pytree.walk import child_names as child_names
@@ -27,15 +27,26 @@ from jaxckpt.graph.pytree.walk import walk
 from jaxckpt.graph.slots import place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 #: Structures whose names are remembered.
 _MAX_GRAPHS = 32
 #: Errors list this many leaves.
 _MAX_LISTED = 10
 
-#: Graphs by structure, kinds of leaves, and which leaves are one object. They hold no value.
-_graphs: OrderedDict[object, ObjectGraph] = OrderedDict()
+
+class _Known(NamedTuple):
+    """What is remembered of a structure; see `Flat`."""
+
+    graph: ObjectGraph
+    arrays: tuple[int, ...]
+    shows: tuple[Callable[[Any], Any] | None, ...]
+    nbytes: int
+    nbytes_apart: int
+
+
+#: By structure, kinds of leaves, and which leaves are one object. They hold no value.
+_graphs: OrderedDict[object, _Known] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,23 @@ class Flat:
         graph: the names, and what each leaf is.
         values: the leaves themselves, in the graph's order.
         treedef: JAX's description of the tree.
+        arrays: indices of the leaves that are arrays, the first one of each node.
+        shows: for each of those, see `leaves.Kind.show`.
+        nbytes: of all of them.
+        nbytes_apart: of those that are not shown in place, hence copied to be held.
+        skeleton: the graph without the values of Python leaves and the states of iterators: the same object
+            for two trees of one structure, as long as it is remembered; `graph` itself where it has neither.
         states: of a save, by index of its leaf: each iterator's state, flattened.
     """
 
     graph: ObjectGraph
     values: tuple[Any, ...]
     treedef: Any
+    arrays: tuple[int, ...]
+    shows: tuple[Callable[[Any], Any] | None, ...]
+    nbytes: int
+    nbytes_apart: int
+    skeleton: ObjectGraph
     states: Mapping[int, Flat] = field(default_factory=dict[int, "Flat"])
 
     def unflatten(self, values: Sequence[object]) -> Any:
@@ -104,24 +126,19 @@ def _flatten(tree: object, *, target: bool, prefix: str, optimizers: bool) -> Fl
     values: list[Any] = leaves
     kinds = _classify(values, tree, target=target, prefix=prefix, optimizers=optimizers)
     first = _shared(values, kinds)
-    graph = _graph(tree, treedef, kinds, first, target=target, prefix=prefix, optimizers=optimizers)
+    known = _graph(tree, treedef, kinds, first, target=target, prefix=prefix, optimizers=optimizers)
+    graph = known.graph
     states: dict[int, Flat] = {}
     if any(kind.fill for kind in kinds):
         graph = _fill(graph, values, kinds, states, first, target=target, prefix=prefix)
-    return Flat(graph, tuple(values), treedef, states)
+    _, arrays, shows, nbytes, apart = known
+    return Flat(graph, tuple(values), treedef, arrays, shows, nbytes, apart, known.graph, states)
 
 
 def _classify(
     values: Sequence[object], tree: object, *, target: bool, prefix: str, optimizers: bool
 ) -> list[Kind]:
-    kinds: list[Kind] = []
-    failed: dict[int, str] = {}
-    for index, value in enumerate(values):
-        try:
-            kinds.append(classify(value, target=target))
-        except UnsavableError as error:
-            failed[index] = str(error)
-            kinds.append(Kind(SkippedSpec(), -1))
+    kinds, failed = classify_all(values, target=target)
     if failed:
         walked = walk(tree, prefix)
         places = place(
@@ -136,6 +153,8 @@ def _classify(
 
 def _shared(values: Sequence[object], kinds: Sequence[Kind]) -> dict[int, int]:
     """For each leaf whose object stands at an earlier position, that position."""
+    if len(set(map(id, values))) == len(values):
+        return {}
     seen: dict[int, int] = {}
     first: dict[int, int] = {}
     for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
@@ -155,8 +174,8 @@ def _graph(
     target: bool,
     prefix: str,
     optimizers: bool,
-) -> ObjectGraph:
-    """The graph, without the values of Python leaves; remembered."""
+) -> _Known:
+    """The graph, without the values of Python leaves, and what else follows from it; remembered."""
     structure = signature(treedef)
     key = None
     if structure is not None:
@@ -166,7 +185,8 @@ def _graph(
         if known is not None:
             # No lock, which a forked child might find taken for ever: another thread may have dropped it.
             with contextlib.suppress(KeyError):
-                _graphs.move_to_end(key)
+                if len(_graphs) == _MAX_GRAPHS:  # else none is dropped next
+                    _graphs.move_to_end(key)
             return known
     walked = walk(tree, prefix)
     if len(walked.leaves) != len(kinds):
@@ -183,13 +203,26 @@ def _graph(
     if not target:
         specs = skip_orphans(specs, places)
         first = {leaf: other for leaf, other in first.items() if specs[leaf].kind == specs[other].kind}
-    graph = build(walked.structure, places, specs, first)
+    found = _known_of(build(walked.structure, places, specs, first), kinds)
     if key is not None:
-        _graphs[key] = graph
+        _graphs[key] = found
         with contextlib.suppress(KeyError):
             while len(_graphs) > _MAX_GRAPHS:
                 _graphs.popitem(last=False)
-    return graph
+    return found
+
+
+def _known_of(graph: ObjectGraph, kinds: Sequence[Kind]) -> _Known:
+    nodes: set[int] = set()
+    arrays: list[int] = []
+    for index, leaf in enumerate(graph.leaves):
+        if isinstance(leaf.spec, ArraySpec) and leaf.node not in nodes:
+            nodes.add(leaf.node)
+            arrays.append(index)
+    found = [kinds[index] for index in arrays]
+    nbytes = sum(kind.nbytes for kind in found)
+    apart = sum(kind.nbytes for kind in found if kind.show is None)
+    return _Known(graph, tuple(arrays), tuple(kind.show for kind in found), nbytes, apart)
 
 
 def _fill(

@@ -12,7 +12,7 @@ from typing import Any
 from jaxckpt.graph.marks import OPTIMIZER, PER_PROCESS, VALUES, Optimizer, PerProcess, Values
 from jaxckpt.graph.model import ROOT, CallableSpec, ObjectGraph, Structure, spell
 from jaxckpt.graph.pytree.boxes import CHECKPOINT
-from jaxckpt.graph.pytree.leaves import MissingFunction
+from jaxckpt.graph.pytree.functions import MissingFunction
 from jaxckpt.graph.pytree.standin import StandIn, raw_key
 
 #: Makes an object from its structure (names of the children, in order) and its children.

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import enum
-import fractions
 import functools
-import io
 import itertools
-import os
-import random
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.extend.backend import backends
+from jax.sharding import SingleDeviceSharding
 from msgspec import Struct
 
 from jaxckpt.graph.model import (
@@ -27,17 +21,17 @@ from jaxckpt.graph.model import (
     CallableSpec,
     IteratorSpec,
     LeafSpec,
-    Sharding,
     SkippedSpec,
     ValueSpec,
 )
+from jaxckpt.graph.pytree.functions import callable_name
+from jaxckpt.graph.pytree.shardings import describe_sharding
+from jaxckpt.graph.pytree.unsavable import UnsavableError, spell, unsavable
 
+# Those of Python's buffer protocol that JAX has.
+_BUFFER_DTYPES = frozenset(np.dtype(code) for code in "?bBhHiIqQefdFD")
 #: More kinds of leaf than this are not remembered: shapes that change with every save must not pile up.
 _MAX_KNOWN = 65_536
-
-
-class UnsavableError(Exception):
-    """Why a leaf cannot be saved and what to do: the message without the key."""
 
 
 class Kind(Struct, frozen=True):
@@ -48,12 +42,17 @@ class Kind(Struct, frozen=True):
         token: equal for leaves of an equal kind, never used again for another.
         shares: whether the same object at two positions is one node.
         fill: whether the spec still wants the value.
+        show: of a `jax.Array` in host memory what gives a view of it: `memoryview` where Python's buffer
+            protocol has the dtype, which takes a fifth of the time, else `numpy.asarray`.
+        nbytes: of an array.
     """
 
     spec: LeafSpec
     token: int
     shares: bool = False
     fill: bool = False
+    show: Callable[[Any], Any] | None = None
+    nbytes: int = 0
 
 
 _tokens = itertools.count()
@@ -61,14 +60,72 @@ _known: dict[object, Kind] = {}
 
 
 def _kind(
-    signature: object, make: Callable[[], LeafSpec], *, shares: bool = False, fill: bool = False
+    signature: object,
+    make: Callable[[], LeafSpec],
+    *,
+    shares: bool = False,
+    fill: bool = False,
+    show: Callable[[Any], Any] | None = None,
+    nbytes: int = 0,
 ) -> Kind:
     kind = _known.get(signature)
     if kind is None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()  # tokens are not reused, so graphs remembered under the old ones are merely lost
-        kind = _known[signature] = Kind(make(), next(_tokens), shares, fill)
+        kind = _known[signature] = Kind(make(), next(_tokens), shares, fill, show, nbytes)
     return kind
+
+
+def classify_all(values: Sequence[object], *, target: bool) -> tuple[list[Kind], dict[int, str]]:
+    """The kind of each leaf, and by index why one cannot be saved.
+
+    This is what a training step waits for, hence no loop where one of the interpreter's own will do: most
+    leaves are arrays, and most arrays are like one that was seen before.
+    """
+    kinds = _known_kinds(values, target=target)
+    failed: dict[int, str] = {}
+    for index in [index for index, kind in enumerate(kinds) if kind is None]:
+        try:
+            kinds[index] = classify(values[index], target=target)
+        except UnsavableError as error:
+            failed[index] = str(error)
+            kinds[index] = Kind(SkippedSpec(), -1)
+    return cast("list[Kind]", kinds), failed
+
+
+def _known_kinds(values: Sequence[object], *, target: bool) -> list[Kind | None]:
+    """The kinds of the arrays of which one like them was seen before; None for all else."""
+    nothing: list[Kind | None] = [None] * len(values)
+    classes = list(map(type, values))
+    of_arrays = {cls for cls in set(classes) if _HANDLERS.get(cls) is _device_array}
+    if not of_arrays:
+        return nothing
+    where = None
+    arrays: Sequence[Any] = values
+    if len(of_arrays) < len(set(classes)):
+        where = [index for index, cls in enumerate(classes) if cls in of_arrays]
+        arrays = [values[index] for index in where]
+    if not target and True in [array.is_deleted() for array in arrays]:
+        return nothing
+    kinds = _kinds_of_arrays([array.aval for array in arrays], [array.sharding for array in arrays])
+    if where is None:
+        return kinds
+    for index, kind in zip(where, kinds, strict=True):
+        nothing[index] = kind
+    return nothing
+
+
+def _kinds_of_arrays(avals: Sequence[Any], shardings: Sequence[Any]) -> list[Kind | None]:
+    places = shardings
+    if _only_cpus() and set(map(type, shardings)) == {SingleDeviceSharding}:
+        places = [sharding.memory_kind for sharding in shardings]  # see `_signature`
+    # By the identity of the aval, which most arrays of a kind share: comparing them takes long.
+    keys: list[Any] = list(map(id, avals))
+    if len(set(places)) > 1:
+        keys = list(zip(keys, places, strict=True))
+    first = dict(zip(keys, range(len(keys)), strict=True))
+    kinds = {key: _known.get((avals[index], places[index])) for key, index in first.items()}
+    return [kinds[key] for key in keys]
 
 
 def classify(value: object, *, target: bool) -> Kind:
@@ -99,30 +156,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.str if dtype.kind in "SUMm" or not dtype.isnative else dtype.name
 
 
-def describe_sharding(sharding: Any, shape: tuple[int, ...]) -> Sharding | None:
-    """A `jax.sharding.Sharding` as plain data; None for a single device and its default memory."""
-    memory = sharding.memory_kind
-    if isinstance(sharding, SingleDeviceSharding):
-        (device,) = sharding.device_set
-        if memory is None or memory == device.default_memory().kind:
-            return None
-        return Sharding(shard_shape=shape, memory_kind=memory)
-    try:
-        shard = tuple(map(int, sharding.shard_shape(shape)))
-    except (ValueError, TypeError, NotImplementedError):  # an axis that does not divide
-        shard = shape
-    if not isinstance(sharding, NamedSharding):
-        return Sharding(shard_shape=shard, memory_kind=memory)
-    axes: list[tuple[str, ...]] = []
-    for entry in sharding.spec:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        axes.append(tuple(name for name in names if isinstance(name, str)))
-    axes += [()] * (len(shape) - len(axes))
-    mesh = tuple((str(name), int(size)) for name, size in sharding.mesh.shape.items())
-    return Sharding(mesh=mesh, spec=tuple(axes), shard_shape=shard, memory_kind=memory)
-
-
-def _array_spec(value: Any, *, weak: bool = False, ref: bool = False, abstract: bool = False) -> ArraySpec:
+def _array_spec(value: Any, *, ref: bool = False, abstract: bool = False) -> ArraySpec:
     shape = tuple(value.shape)
     sharding = None if value.sharding is None else describe_sharding(value.sharding, shape)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -142,7 +176,7 @@ def _array_spec(value: Any, *, weak: bool = False, ref: bool = False, abstract: 
     return ArraySpec(
         shape=shape,
         dtype=dtype_name(dtype),
-        weak_type=weak,
+        weak_type=not isinstance(value, jax.Ref) and bool(getattr(value, "weak_type", False)),
         ref=ref,
         sharding=sharding,
         abstract=abstract,
@@ -177,20 +211,58 @@ def _check_dtype(dtype: np.dtype[Any]) -> None:
         raise UnsavableError(f"{dtype.name} differs between machines; use float64 or complex128")
 
 
-def _jax_array(value: Any, target: bool) -> Kind:
+def _device_array(value: Any, target: bool) -> Kind:
+    """A `jax.Array` that is a plain array of a device, or of several."""
+    _check_alive(value, target)
+    return _kind(
+        _signature(value),
+        lambda: _array_spec(value),
+        shares=True,
+        show=_how_to_show(value),
+        nbytes=value.nbytes,
+    )
+
+
+def _other_array(value: Any, target: bool) -> Kind:
+    """A `jax.Array` of a class of its own: typed PRNG keys."""
+    _check_alive(value, target)
+    return _kind((value.aval, value.sharding), lambda: _array_spec(value), shares=True, nbytes=value.nbytes)
+
+
+def _check_alive(value: Any, target: bool) -> None:
     if not target and value.is_deleted():
         raise UnsavableError(
             "the array has been deleted (donated to a jitted function?); "
             "save the array that the function returned"
         )
+
+
+def _how_to_show(value: Any) -> Callable[[Any], Any] | None:
     sharding = value.sharding
-    signature = (value.aval, sharding)
-    # A hit is the hot path: one look at each leaf of each save.
-    kind = _known.get(signature)
-    if kind is not None:
-        return kind
-    weak = bool(getattr(value, "weak_type", False))
-    return _kind(signature, lambda: _array_spec(value, weak=weak), shares=True)
+    if type(sharding) is not SingleDeviceSharding or next(iter(sharding.device_set)).platform != "cpu":
+        return None
+    if value.dtype in _BUFFER_DTYPES:
+        return memoryview
+    # (of values of less than a byte numpy shows a copy)
+    return np.asarray if value.dtype.name.startswith(("bfloat16", "float8")) else None
+
+
+def _signature(value: Any) -> object:
+    """All that the kind of an array depends on.
+
+    Comparing the shardings of single devices takes as long as all the rest, so where there are only CPUs, of
+    which one is as good as another here, that is left out.
+    """
+    sharding = value.sharding
+    if type(sharding) is SingleDeviceSharding and _only_cpus():
+        return value.aval, sharding.memory_kind
+    return value.aval, sharding
+
+
+@functools.cache
+def _only_cpus() -> bool:
+    """Whether JAX has no accelerator; it has looked once, before it made the first array."""
+    return set(backends()) == {"cpu"}
 
 
 def _tracer(_value: Any, _target: bool) -> Kind:
@@ -202,7 +274,8 @@ def _tracer(_value: Any, _target: bool) -> Kind:
 
 def _ref(value: Any, _target: bool) -> Kind:
     signature = ("ref", value.shape, value.dtype, value.sharding)
-    return _kind(signature, lambda: _array_spec(value, ref=True), shares=True)
+    nbytes = value.size * value.dtype.itemsize
+    return _kind(signature, lambda: _array_spec(value, ref=True), shares=True, nbytes=nbytes)
 
 
 def _abstract(value: Any, target: bool) -> Kind:
@@ -212,7 +285,7 @@ def _abstract(value: Any, target: bool) -> Kind:
         )
     weak, ref = bool(value.weak_type), bool(getattr(value, "is_ref", False))
     signature = ("abstract", value.shape, value.dtype, weak, ref, value.sharding)
-    return _kind(signature, lambda: _array_spec(value, weak=weak, ref=ref, abstract=True))
+    return _kind(signature, lambda: _array_spec(value, ref=ref, abstract=True))
 
 
 def _numpy(value: Any, _target: bool) -> Kind:
@@ -220,14 +293,14 @@ def _numpy(value: Any, _target: bool) -> Kind:
         _check_dtype(value.dtype)
         return ArraySpec(shape=value.shape, dtype=dtype_name(value.dtype), array_type="numpy")
 
-    return _kind(("numpy", value.shape, value.dtype), make, shares=True)
+    return _kind(("numpy", value.shape, value.dtype), make, shares=True, nbytes=value.nbytes)
 
 
 def _numpy_subclass(value: Any, _target: bool) -> Kind:
     if isinstance(value, np.ma.MaskedArray):
         raise UnsavableError("a masked array; save its .data and .mask as two arrays, or .filled(...)")
     raise UnsavableError(
-        f"{_spell(type(value))} is a subclass of numpy.ndarray, whose meaning would be lost; "
+        f"{spell(type(value))} is a subclass of numpy.ndarray, whose meaning would be lost; "
         "use numpy.asarray(...) and save what it adds beside it"
     )
 
@@ -237,7 +310,7 @@ def _scalar(value: Any, _target: bool) -> Kind:
         _check_dtype(value.dtype)
         return ArraySpec(shape=(), dtype=dtype_name(value.dtype), array_type="scalar")
 
-    return _kind(("scalar", value.dtype), make)
+    return _kind(("scalar", value.dtype), make, nbytes=value.nbytes)
 
 
 # ---- everything else ----
@@ -273,85 +346,13 @@ def _iterator(_value: Any, _target: bool) -> Kind:
     return _kind("iterator", IteratorSpec, shares=True, fill=True)
 
 
-class MissingFunction:
-    """Stands for a function of a checkpoint that was opened without the program. Calling it raises."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *_args: object, **_kwargs: object) -> object:
-        """Raises: a checkpoint holds the name of a function only."""
-        raise RuntimeError(
-            f"{self.name} is not part of the checkpoint, only its name is; restore into a target that has it"
-        )
-
-    def __repr__(self) -> str:
-        return f"<missing function {self.name}>"
-
-
-def callable_name(value: Any) -> str:
-    """The qualified name of a callable: the same in every process, so no address and no repr."""
-    if isinstance(value, MissingFunction):
-        return value.name
-    if isinstance(value, functools.partial):
-        return f"functools.partial({callable_name(value.func)})"
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    if not isinstance(name, str):
-        inner = getattr(value, "__wrapped__", None)
-        return _spell(type(value)) if inner is None else callable_name(inner)
-    module = getattr(value, "__module__", None)
-    return f"{module}.{name}" if isinstance(module, str) else name
-
-
 def _callable(value: Any, _target: bool) -> Kind:
     name = callable_name(value)
     return _kind(("callable", name), lambda: CallableSpec(name=name))
 
 
-def _spell(cls: type) -> str:
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-
-
-_REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
-    ((enum.Enum,), "save its .value (the class would be lost)"),
-    ((set, frozenset), "make it a sorted list or tuple"),
-    (
-        (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType),
-        "use an iterator with get_state and set_state",
-    ),
-    ((io.IOBase,), "save its path and position, and open it again"),
-    ((np.random.Generator,), "save generator.bit_generator.state, a dict"),
-    ((np.random.BitGenerator,), "save its .state, a dict"),
-    ((random.Random,), "save its .getstate()"),
-    ((bytearray, memoryview), "make it bytes"),
-    ((range,), "make it a list, or save start, stop and step"),
-    (
-        (datetime.date, datetime.time, datetime.timedelta),
-        "use .isoformat(), or numpy.datetime64 or timedelta64",
-    ),
-    ((decimal.Decimal, fractions.Fraction, os.PathLike), "use str(...)"),
-    ((bool, int, float, complex, str, bytes), "its type would be lost: convert it to the plain Python type"),
-    (
-        (dict, list, tuple, Mapping),
-        "jax does not know it as a container: register it as a pytree, or convert it",
-    ),
-)
-
-
 def _unsavable(value: Any, _target: bool) -> Kind:
-    cls = type(value)
-    remedy = next((text for classes, text in _REMEDIES if isinstance(value, classes)), None)
-    if remedy is None and hasattr(cls, "__dataclass_fields__"):
-        remedy = "register the class with jax.tree_util.register_dataclass"
-    if remedy is None and isinstance(value, Iterator):
-        remedy = "give it get_state and set_state"
-    if remedy is None and hasattr(value, "__array__"):
-        remedy = "convert it with numpy.asarray(...)"
-    remedy = remedy or "register its class as a pytree, give it get_state and set_state, or leave it out"
-    article = "an" if _spell(cls)[0].lower() in "aeiou" else "a"
-    raise UnsavableError(f"{article} {_spell(cls)} cannot be saved; {remedy}")
+    raise unsavable(value)
 
 
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -362,7 +363,11 @@ def _handler(value: object) -> _Handler:
     """Which of the above an object is for; the first that fits."""
     rules: tuple[tuple[bool, _Handler], ...] = (
         (isinstance(value, Tracer), _tracer),
-        (isinstance(value, jax.Array), _jax_array),
+        (
+            isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended),
+            _device_array,
+        ),
+        (isinstance(value, jax.Array), _other_array),
         (isinstance(value, jax.Ref), _ref),
         (isinstance(value, jax.ShapeDtypeStruct), _abstract),
         (isinstance(value, np.generic), _scalar),
@@ -377,5 +382,5 @@ def _handler(value: object) -> _Handler:
     return next((handler for fits, handler in rules if fits), _unsavable)
 
 
-_LASTING = frozenset((_jax_array, _ref, _abstract, _scalar, _numpy, _python, _tracer))
+_LASTING = frozenset((_device_array, _other_array, _ref, _abstract, _scalar, _numpy, _python, _tracer))
 _HANDLERS: dict[type, _Handler] = {}

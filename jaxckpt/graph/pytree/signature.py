@@ -43,7 +43,8 @@ def signature(treedef: Any) -> Hashable | None:
 
 def _of(treedef: Any) -> Hashable:
     if treedef in _plain:
-        _plain.move_to_end(treedef)
+        if len(_plain) == _MAX_PLAIN:  # else none is dropped next
+            _plain.move_to_end(treedef)
         return treedef
     data = treedef.node_data()
     if data is None:
