@@ -1,33 +1,28 @@
-"""Saving: flatten -> snapshot -> layout -> write (in the background) -> manifest -> commit."""
+"""Saving: flatten -> snapshot -> (in the background) plan -> write -> manifest -> commit."""
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 from msgspec import Struct, structs
 
 from jaxckpt.errors import SlotsLeftOutWarning
-from jaxckpt.graph.flatten import Flat, flatten
-from jaxckpt.graph.model import ArraySpec, ObjectGraph, ValueSpec
-from jaxckpt.progress import Progress, shown
+from jaxckpt.graph.flatten import flatten
+from jaxckpt.graph.model import ObjectGraph
+from jaxckpt.progress import Progress, shown, silent
 from jaxckpt.report import SaveReport
-from jaxckpt.storage import directory, hold, kv, state
-from jaxckpt.storage.format.dtypes import numpy_dtype
+from jaxckpt.snapshot import Borrowing, Snapshot, contents_of, sizes, take_snapshot
+from jaxckpt.storage import directory, kv, state
 from jaxckpt.storage.format.json_values import freeze_json
-from jaxckpt.storage.format.spelling import places
-from jaxckpt.storage.layout import Entry, layout, orbax_values, value_bytes
+from jaxckpt.storage.memory import default_limit
 from jaxckpt.storage.stage import Contents, Facts, write_stage
 from jaxckpt.writer import SaveFuture, writer
-
-#: Host bytes that a save may hold in copies, when nothing else is asked for.
-DEFAULT_MEMORY_LIMIT = 2 << 30
 
 
 class Order(Struct, frozen=True, kw_only=True):
@@ -39,7 +34,7 @@ class Order(Struct, frozen=True, kw_only=True):
         metadata: any JSON value.
         memory_limit: host bytes for copies.
         progress: see `save`.
-        snapshot: "host", or "copy" to copy also host arrays that may alias the caller's memory.
+        snapshot: see `save_async`.
         step, save_counter, writer, metrics: recorded in the manifest.
         sequence: called just before the manifest is written; gives its place in the order of commits.
         before_commit: called just before the commit; what it raises makes the save fail.
@@ -78,7 +73,9 @@ def save(
             numbers, strings and bytes, and iterators that can tell their state.
         overwrite: replace what is at ``path``, atomically.
         metadata: any JSON value (a configuration, a commit), kept beside the tree and never matched.
-        memory_limit: bytes of host memory that copies of the leaves may take.
+        memory_limit: bytes of host memory that this save may take beside the state; a quarter of the host's
+            memory if it is not given. Where copies of what can change (numpy arrays, arrays of an
+            accelerator) would not fit, nothing is copied, and the call returns when the values are written.
         progress: called with (bytes done, bytes in all), or True for a bar.
 
     Raises:
@@ -110,14 +107,16 @@ def save_async(
         path: as of `save`.
         tree: as of `save`.
         snapshot: "host" holds what JAX owns and copies what the caller can write to; "copy" also copies
-            `jax.Array`s that may alias the caller's numpy memory (made by `device_put` or `from_dlpack`).
+            `jax.Array`s that may alias the caller's numpy memory (made by `device_put` or `from_dlpack`);
+            "device" copies the arrays of an accelerator there first, if it has room for all of them, so that
+            the call does not wait for them to come to the host.
         overwrite: as of `save`.
         metadata: as of `save`.
         memory_limit: as of `save`.
         progress: as of `save`.
     """
-    if snapshot not in ("host", "copy"):
-        raise ValueError(f"snapshot must be 'host' or 'copy', not {snapshot!r}")
+    if snapshot not in ("host", "device", "copy"):
+        raise ValueError(f"snapshot must be 'host', 'device' or 'copy', not {snapshot!r}")
     order = Order(
         path=os.path.abspath(os.fspath(path)),
         overwrite=overwrite,
@@ -141,16 +140,22 @@ def submit(tree: Any, order: Order) -> SaveFuture:
     flat = flatten(tree)
     clock.lap("flatten")
     warn_left_out(flat.graph)
-    limit = order.memory_limit or DEFAULT_MEMORY_LIMIT
+    limit = order.memory_limit or default_limit()
+    nbytes, copies = sizes(flat)
+    borrowing = Borrowing() if copies > limit else None
 
     def snapshot() -> tuple[Callable[[], SaveReport], int]:
         clock.lap("wait")
-        contents, held = take_snapshot(flat, copy=order.snapshot == "copy")
+        taken = take_snapshot(flat, order.snapshot, borrow=borrowing is not None)
         clock.lap("snapshot")
-        blocked = clock.total
-        return lambda: _write(contents, order, clock, started, blocked), held
+        clock.block()
+        # (no closure: the traceback of an error keeps those, with all that is in them)
+        return partial(_write, taken, order, clock, started, borrowing), nbytes
 
-    return writer.submit(order.path, _expected_copies(flat), limit, snapshot)
+    future = writer.submit(order.path, nbytes, limit, snapshot)
+    if borrowing is not None:
+        borrowing.wait()
+    return future
 
 
 class Stopwatch:
@@ -159,12 +164,17 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
         self.stages: dict[str, float] = {}
+        self.blocked = 0.0
 
     def lap(self, stage: str) -> None:
         """Ends a stage."""
         now = time.perf_counter()
         self.stages[stage] = now - self._last
         self._last = now
+
+    def block(self) -> None:
+        """Notes that the caller has waited until now."""
+        self.blocked = self.total
 
     @property
     def total(self) -> float:
@@ -188,48 +198,30 @@ def warn_left_out(graph: ObjectGraph) -> None:
     )
 
 
-def take_snapshot(flat: Flat, *, copy: bool) -> tuple[Contents, int]:
-    """Holds every value so that nothing can change it; returns what to write and the bytes copied."""
-    visible = places(flat.graph)
-    entries = layout(flat.graph, visible)
-    held = hold.hold_all([_value_of(flat, entry) for entry in entries], copy=copy)
-    contents = Contents(
-        graph=flat.graph,
-        entries=entries,
-        hosts=held.arrays,
-        places=visible,
-        orbax=orbax_values(flat.graph, visible),
-    )
-    return contents, held.nbytes
-
-
-def _value_of(flat: Flat, entry: Entry) -> Any:
-    for index in entry.owner[:-1]:
-        flat = flat.states[index]
-    leaf = flat.graph.leaves[entry.owner[-1]]
-    if isinstance(leaf.spec, ValueSpec):
-        return memory_of(value_bytes(leaf.spec))
-    return flat.values[entry.owner[-1]]
-
-
-def memory_of(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Bytes as an array."""
-    return np.frombuffer(data, np.uint8)
-
-
-def _expected_copies(flat: Flat) -> int:
-    """Bytes that the snapshot will copy, as far as the specs tell."""
-    specs = [leaf.spec for leaf in flat.graph.leaves]
-    arrays = [
-        spec for spec in specs if isinstance(spec, ArraySpec) and (spec.array_type != "jax" or spec.ref)
-    ]
-    own = sum(math.prod(spec.stored_shape) * numpy_dtype(spec.dtype).itemsize for spec in arrays)
-    return own + sum(map(_expected_copies, flat.states.values()))
-
-
-def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, blocked: float) -> SaveReport:
+def _write(
+    snapshot: Snapshot, order: Order, clock: Stopwatch, started: float, borrowing: Borrowing | None
+) -> SaveReport:
     """What runs in the background: everything from the snapshot to the commit."""
     clock.lap("queue")
+    try:
+        return _write_values(snapshot, order, clock, started, borrowing)
+    finally:
+        if borrowing is not None:
+            borrowing.release()
+
+
+def _write_values(
+    snapshot: Snapshot, order: Order, clock: Stopwatch, started: float, borrowing: Borrowing | None
+) -> SaveReport:
+    contents = contents_of(snapshot)
+    clock.lap("plan")
+
+    def lap(stage: str) -> None:
+        clock.lap(stage)
+        if stage == "write" and borrowing is not None:
+            borrowing.end()
+            clock.block()
+
     facts = Facts(
         metadata=order.metadata,
         started=started,
@@ -240,19 +232,25 @@ def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, b
         sequence=order.sequence or (lambda: state.next_sequence(os.path.dirname(order.path))),
     )
     with shown(order.progress, "Saving") as report:
-        report(0, contents.nbytes)
-        staging = directory.stage(order.path)
+        total = contents.nbytes
+
+        def progress(done: int) -> None:
+            report(min(done, total), total)
+
+        report(0, total)
+        staging = directory.stage(order.path, total)
         try:
-            limit = order.memory_limit or DEFAULT_MEMORY_LIMIT
-            nbytes = write_stage(staging, contents, facts, memory_limit=limit, lap=clock.lap)
+            limit = order.memory_limit or default_limit()
+            watch = None if report is silent else progress
+            nbytes = write_stage(staging, contents, facts, memory_limit=limit, lap=lap, progress=watch)
             if order.before_commit is not None:
                 order.before_commit()
-            directory.commit(staging, overwrite=order.overwrite)  # <- the commit
+            directory.commit(staging, overwrite=order.overwrite, nbytes=nbytes)  # <- the commit
         except BaseException:
             directory.abandon(staging)
             raise
         clock.lap("commit")
-        report(contents.nbytes, contents.nbytes)
+        report(total, total)
     leaves = contents.graph.leaves
     done = SaveReport(
         path=order.path,
@@ -263,7 +261,7 @@ def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, b
         slots_left_out=contents.graph.left_out,
         not_saved=tuple(leaf.key for leaf in leaves if leaf.kind == "callable"),
         hidden_from_orbax=_hidden(contents),
-        seconds_blocked=blocked,
+        seconds_blocked=clock.blocked,
         seconds=clock.total,
         stages=clock.stages,
     )
@@ -274,7 +272,7 @@ def _write(contents: Contents, order: Order, clock: Stopwatch, started: float, b
 
 def _hidden(contents: Contents) -> tuple[str, ...]:
     """Keys of the values that plain Orbax does not see."""
-    seen = {place.leaf for place in contents.places}
+    seen = {place.leaf for place in contents.plan.places}
     leaves = enumerate(contents.graph.leaves)
     return tuple(
         leaf.key

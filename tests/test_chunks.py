@@ -16,6 +16,8 @@ from jaxckpt.storage.chunks import (
     ROW,
     TARGET_BYTES,
     ChunkTable,
+    Keys,
+    Located,
     build_table,
     chunk_counts,
     chunk_names,
@@ -139,11 +141,6 @@ def test_high_bits_of_sub_byte_values_are_zeroed(name):
 # tables
 
 
-class Located:
-    def __init__(self, key, file, offset, length, inline=None):
-        self.key, self.file, self.offset, self.length, self.inline = key, file, offset, length, inline
-
-
 def small_table():
     rows = [
         (0, 0, 0, 0, 4, digest(b"aaaa")),
@@ -215,22 +212,38 @@ def test_a_later_table_asks_for_an_upgrade():
         ChunkTable.decode(bytes(data) + digest(bytes(data)), "t")
 
 
+def located(*rows):
+    keys, files, offsets, lengths, inline = map(list, zip(*rows, strict=True))
+    names = tuple(sorted({name for name in files if name}))
+    index = [names.index(name) if name else -1 for name in files]
+    return Located(files=names, keys=keys, file=index, offset=offsets, length=lengths, inline=inline)
+
+
 def test_a_table_is_built_from_what_lies_where():
-    located = [
-        Located("a/.zarray", "d/1", 50, 300),  # an alias, listed before what it refers to
-        Located("b/.zarray", "d/1", 50, 300),
-        Located("b/0", "d/1", 0, 50),
-        Located("c/0", "d/1", 0, 50),
-        Located("s/0", None, 0, 3, b"abc"),
-        Located("x/0", None, 0, 1, b"?"),  # a Python value for Orbax: in a tree node, and in no table
+    rows = [
+        (b"a/.zarray", "d/1", 50, 300, None),  # an alias, listed before what it refers to
+        (b"b/.zarray", "d/1", 50, 300, None),
+        (b"b/0", "d/1", 0, 50, None),
+        (b"c/0", "d/1", 0, 50, None),
+        (b"s/0", None, 0, 3, b"abc"),
+        (b"x/0", None, 0, 1, b"?"),  # a Python value for Orbax: in a tree node, and in no table
     ]
-    chunks = {"b/0": (0, 0), "s/0": (1, 0)}
-    digests = {"b/0": digest(b"b"), "s/0": digest(b"abc"), "b/.zarray": digest(b"doc")}
-    table = build_table(located, chunks, digests)
+    keys = Keys(
+        names=[row[0] for row in rows],
+        leaf=np.array([NO_LEAF, NO_LEAF, 7, NO_LEAF, 9, NO_LEAF], np.uint32),
+        chunk=np.array([0, 0, 2, 0, 0, 0], np.uint32),
+        number=np.array([-1, -1, 1, -1, 0, -1]),
+    )
+    digests, others = [digest(b"abc"), digest(b"b"), digest(b"?")], {b"b/.zarray": digest(b"doc")}
+    table = build_table(keys, located(*rows), digests, others)
     assert table.inline == b"abc"
-    assert sorted(table.rows["leaf"].tolist()) == [0, 1, NO_LEAF]
+    assert [(*map(int, list(row)[:5]), bytes(row[5])) for row in table.rows] == [
+        (7, 2, 0, 0, 50, digest(b"b")),
+        (9, 0, -1, 0, 3, digest(b"abc")),
+        (NO_LEAF, 0, 0, 50, 300, digest(b"doc")),
+    ]
     ChunkTable.decode(table.encode(), "t")
-    with pytest.raises(SaveError, match="lacks 1 of the values"):
-        build_table(located[:2], chunks, {"b/.zarray": digest(b""), "b/0": digest(b"b")})
-    with pytest.raises(SaveError, match="was not written by this save"):
-        build_table([*located, Located("y/0", "d/2", 0, 9)], chunks, digests)
+    with pytest.raises(SaveError, match=r"lacks 1 of the values written .*b'b/0'.* holds 1 others .*b'b/1'"):
+        build_table(keys, located(*rows[:2], (b"b/1", "d/1", 0, 50, None), *rows[3:]), digests, others)
+    with pytest.raises(SaveError, match=r"digest of b'a/\.zarray'"):
+        build_table(keys, located(*rows), digests, {})

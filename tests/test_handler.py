@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from databases import array, locate, write
 from orbax.checkpoint import type_handlers
 
 from jaxckpt.errors import SaveError
@@ -43,50 +44,46 @@ def infos(directory, names):
 def test_driven_by_our_writer(tmp_path):
     big = np.random.default_rng(0).normal(size=(512, 1024)).astype(np.float32)
     arrays = [
-        kv.ArrayWrite(key="net.big", host=big, chunk_shape=(256, 1024)),
-        kv.ArrayWrite(key="net.small", host=np.arange(3), chunk_shape=(3,)),
-        kv.ArrayWrite(key=".jaxckpt/0", host=np.arange(4, dtype=np.uint8), chunk_shape=(4,), raw=True),
+        array("net.big", big, (256, 1024)),
+        array("net.small", np.arange(3)),
+        array(".jaxckpt/0", np.arange(4, dtype=np.uint8), raw=True),
     ]
-    located = handler.write(
-        str(tmp_path), arrays, [("doc", b"{}")], [("net.big", "tied")], memory_limit=1 << 20
-    )
-    assert located == kv.locate(str(tmp_path))
+    located = write(tmp_path, arrays, [("net.big", "tied")], memory_limit=1 << 20, writer=handler.write)
+    assert located == locate(tmp_path)
     assert {value.key for value in located} == {
         *("net.big/.zarray", "net.big/0.0", "net.big/1.0", "tied/.zarray", "tied/0.0", "tied/1.0"),
-        *("net.small/.zarray", "net.small/0", ".jaxckpt/0/0", "doc"),
+        *("net.small/.zarray", "net.small/0", ".jaxckpt/0/0"),
     }
     restore = [type_handlers.ArrayRestoreArgs(sharding=jnp.zeros(1).sharding)] * 2
     reader = handler.GraphArrayHandler()
     got = asyncio.run(reader.deserialize(infos(tmp_path, ["net.big", "tied"]), restore))
-    for array in got:
-        np.testing.assert_array_equal(array, big)
+    for each in got:
+        np.testing.assert_array_equal(each, big)
     [meta] = asyncio.run(reader.metadata(infos(tmp_path, ["net.big"])))
     assert meta.shape == (512, 1024)
 
 
 def test_nothing_to_write_is_a_database(tmp_path):
-    assert [v.key for v in handler.write(str(tmp_path), [], [("a", b"1")])] == ["a"]
+    assert [v.key for v in write(tmp_path, [], writer=handler.write)] == [".jaxckpt"]
 
 
 def test_a_failed_write_raises(tmp_path):
     with pytest.raises(SaveError, match="cannot write"):
-        handler.write(
-            str(tmp_path / "file" / "x\0y"), [kv.ArrayWrite(key="a", host=np.ones(3), chunk_shape=(3,))]
-        )
+        write(tmp_path / "file" / "x\0y", [array("a", np.ones(3))], writer=handler.write)
 
 
 def test_serialize_holds_device_arrays(tmp_path):
-    array = jnp.arange(8.0) + 0
+    value = jnp.arange(8.0) + 0
     writer = handler.GraphArrayHandler()
-    [written] = handler._run(writer.serialize([array], infos(tmp_path, ["a"])))
-    jax.jit(lambda x: x * 0, donate_argnums=0)(array)
+    [written] = handler._run(writer.serialize([value], infos(tmp_path, ["a"])))
+    jax.jit(lambda x: x * 0, donate_argnums=0)(value)
     written.result()
     assert written.cancel()
     writer.finalize(handler.epath.Path(tmp_path))
-    assert [v.key for v in kv.locate(str(tmp_path))] == ["a/.zarray", "a/0"]
+    assert [v.key for v in locate(tmp_path)] == ["a/.zarray", "a/0"]
     writer.finalize(handler.epath.Path(tmp_path))
-    [value] = [v for v in kv.locate(str(tmp_path / "ocdbt.process_jaxckpt0")) if v.key == "a/0"]
-    np.testing.assert_array_equal(np.frombuffer(value.inline, np.float32), np.arange(8))
+    [chunk] = [v for v in locate(tmp_path / "ocdbt.process_jaxckpt0") if v.key == "a/0"]
+    np.testing.assert_array_equal(np.frombuffer(chunk.inline, np.float32), np.arange(8))
     assert json.loads((tmp_path / "array_metadatas" / "process_0").read_text())
 
 
@@ -151,9 +148,7 @@ def test_what_is_stored_otherwise_is_left_to_orbax(tmp_path):
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(theirs, tree)  # compressed
     ours.mkdir()
-    handler.write(
-        str(ours), [kv.ArrayWrite(key=k, host=np.asarray(v), chunk_shape=v.shape) for k, v in tree.items()]
-    )
+    write(ours, [array(k, np.asarray(v)) for k, v in tree.items()], writer=handler.write)
     where = jnp.zeros(1).sharding
     exact = [
         type_handlers.ArrayRestoreArgs(sharding=where, global_shape=v.shape, dtype=v.dtype)
@@ -164,13 +159,15 @@ def test_what_is_stored_otherwise_is_left_to_orbax(tmp_path):
         plain = handler._read_plain(infos(directory, tree), args)
         assert (plain is not None) == (directory == ours and args is exact)
         got = asyncio.run(handler.GraphArrayHandler().deserialize(infos(directory, tree), args))
-        for array, want in zip(got, tree.values(), strict=True):
-            np.testing.assert_array_equal(array, want.astype(array.dtype))
+        for each, want in zip(got, tree.values(), strict=True):
+            np.testing.assert_array_equal(each, want.astype(each.dtype))
 
 
 def test_a_failed_save_of_orbax_before_hangs_nothing():
     code = """
-        import jax.numpy as jnp, orbax.checkpoint as ocp, numpy as np, tempfile, pathlib
+        import jax.numpy as jnp, orbax.checkpoint as ocp, numpy as np, sys, tempfile, pathlib
+        sys.path.insert(0, "tests")
+        from databases import array, write
         from jaxckpt.storage import handler, kv
         root = pathlib.Path(tempfile.mkdtemp()); (root / "file").write_text("")
         class Bad(ocp.PyTreeCheckpointHandler):
@@ -179,7 +176,7 @@ def test_a_failed_save_of_orbax_before_hangs_nothing():
         try: c.save(root / "a", {"w": jnp.ones(3)}); c.wait_until_finished(); print("no error")
         except Exception as error: print("failed:", type(error).__name__)
         (root / "db").mkdir()
-        handler.write(str(root / "db"), [kv.ArrayWrite(key="a", host=np.ones(3), chunk_shape=(3,))])
+        write(root / "db", [array("a", np.ones(3))], writer=handler.write)
         h = handler.GraphArrayHandler()
         info = ocp.type_handlers.ParamInfo(name="a", parent_dir=handler.epath.Path(root), is_ocdbt_checkpoint=True, ts_context=kv.context())
         [f] = handler._run(h.serialize([jnp.ones(3)], [info])); f.result(timeout=20)

@@ -24,13 +24,13 @@ from jaxckpt.storage.format.spelling import DICT, SEQUENCE, orbax_name, places
 from jaxckpt.storage.layout import (
     INLINE_BYTES,
     bytes_value,
-    chunk_keys,
     layout,
     names,
     orbax_values,
     prefix,
     value_bytes,
 )
+from jaxckpt.storage.plan import make_plan
 
 F32 = ArraySpec(shape=(2, 3), dtype="float32")
 INT = ValueSpec(type="int", value=3)
@@ -233,9 +233,11 @@ def test_every_array_node_has_one_entry_and_every_key_is_one(graph):
     owned = [i for entry in entries if len(entry.owner) == 1 for i in (*entry.owner, *entry.aliases)]
     assert arrays <= set(owned)
     assert len(set(owned)) == len(owned)
-    found = chunk_keys(entries)
+    keys = make_plan(graph, with_values=False).keys
     counts = [math.prod(chunk_counts(entry.shape, entry.chunk_shape)) for entry in entries]
-    assert len(found) == sum(counts)
+    assert keys.names == sorted(set(keys.names))
+    assert sorted(keys.number[keys.number >= 0].tolist()) == list(range(sum(counts)))
+    assert [np.count_nonzero(keys.leaf == i) for i in range(len(entries))] == counts
     assert all(
         entry.visible != entry.key.startswith(".jaxckpt/") and entry.raw != entry.visible for entry in entries
     )

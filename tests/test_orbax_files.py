@@ -74,7 +74,7 @@ def write(path, tree):
     values = orbax_values(flat.graph, shown)
     for key, array in values.arrays:
         put(key, array, ())
-    for name, data in orbax_files.files(flat.graph, entries, shown, values).items():
+    for name, data in {**orbax_files.files(flat.graph, entries, shown), **orbax_files.value_files(values)}.items():
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         open(os.path.join(path, name), "wb").write(data)
     manifest = encode(Manifest(graph=flat.graph, entries=entries, digests=(b"x" * 16,) * len(entries),
@@ -203,7 +203,8 @@ GRAPH = make({"w": ArraySpec(shape=(2,), dtype="float32"), "t": ValueSpec(type="
 
 def test_the_files_are_what_orbax_writes():
     shown = places(GRAPH)
-    files = orbax_files.files(GRAPH, layout(GRAPH), shown, orbax_values(GRAPH, shown))
+    files = orbax_files.files(GRAPH, layout(GRAPH), shown)
+    files |= orbax_files.value_files(orbax_values(GRAPH, shown))
     assert sorted(files) == ["_METADATA", "_strings.json"]
     assert json.loads(files["_strings.json"]) == {"t": "x"}
     tree = json.loads(files["_METADATA"])["tree_metadata"]

@@ -34,7 +34,7 @@ def test_the_report_says_what_was_done(tmp_path):
         "wait",
         "snapshot",
         "queue",
-        "digest",
+        "plan",
         "write",
         "manifest",
         "commit",
@@ -119,7 +119,7 @@ def test_copy_also_copies_what_may_alias_the_callers_memory(tmp_path, monkeypatc
     gate.set()
     future.result()
     assert (jaxckpt.load_checkpoint(tmp_path / "a")["x"] == 0).all()
-    with pytest.raises(ValueError, match="'host' or 'copy'"):
+    with pytest.raises(ValueError, match="'host', 'device' or 'copy'"):
         jaxckpt.save_async(tmp_path / "b", {"x": array}, snapshot="gpu")
 
 

@@ -20,7 +20,7 @@ import math
 import struct
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -30,7 +30,7 @@ from jaxckpt.errors import CorruptCheckpointError, SaveError, UnsupportedFormatE
 from jaxckpt.storage.format.paths import is_safe_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 DIGEST_BYTES = 16
 MAGIC = b"JXCKPTCT"
@@ -247,88 +247,93 @@ def _problem(files: tuple[str, ...], rows: Rows, inline_size: int) -> str:
     return ""
 
 
-class LocatedValue(Protocol):
-    """A value of the database and where it lies (what listing the database gives)."""
+class Keys(Struct, frozen=True, kw_only=True, eq=False):
+    """Every key that a database is to have, in its order.
 
-    @property
-    def key(self) -> str:
-        """Its key in the database."""
-        ...
+    Attributes:
+        names: the keys, sorted.
+        leaf: of each, u4: index of the entry whose chunk it is, or `NO_LEAF`.
+        chunk: of each, u4: number of the chunk in C order.
+        number: of each, i8: index into the digests of all chunks, or -1 for what is no chunk.
+    """
 
-    @property
-    def file(self) -> str | None:
-        """Its file relative to the checkpoint, or None for a value inside a tree node."""
-        ...
+    names: list[bytes]
+    leaf: np.ndarray[Any, np.dtype[np.uint32]]
+    chunk: np.ndarray[Any, np.dtype[np.uint32]]
+    number: np.ndarray[Any, np.dtype[np.int64]]
 
-    @property
-    def offset(self) -> int:
-        """In bytes."""
-        ...
 
-    @property
-    def length(self) -> int:
-        """In bytes."""
-        ...
+class Located(Struct, frozen=True, kw_only=True):
+    """Where the values of a database lie, in the order of the keys: columns of equal length.
 
-    @property
-    def inline(self) -> bytes | None:
-        """The value itself where it has no file."""
-        ...
+    Attributes:
+        files: data files, relative to the database's directory.
+        keys: key of each value.
+        file: index into `files`, or `INLINE` for a value inside a tree node.
+        offset: of its first byte in that file; 0 where it is inline.
+        length: in bytes.
+        inline: the value itself where it is inline, else None.
+    """
+
+    files: tuple[str, ...]
+    keys: list[bytes]
+    file: list[int]
+    offset: list[int]
+    length: list[int]
+    inline: list[bytes | None]
 
 
 def build_table(
-    located: Iterable[LocatedValue], chunks: Mapping[str, tuple[int, int]], digests: Mapping[str, bytes]
+    keys: Keys, located: Located, digests: Sequence[bytes], others: Mapping[bytes, bytes]
 ) -> ChunkTable:
     """Makes a table of what was written and where it came to lie.
 
     Args:
+        keys: what was to be written.
         located: every value of the database.
-        chunks: index of the entry and number of the chunk for the database keys of chunks
-            (`layout.chunk_keys`).
-        digests: digest of the value for the database key of each chunk that this process wrote and of each
-            other value that lies in a data file.
+        digests: of each chunk, in the order of the entries and in C order within each.
+        others: digest of each other value that may lie in a data file, by its key.
 
     Raises:
-        SaveError: the database lacks a value that was written, or has one in a data file whose digest
-            nobody knows.
+        SaveError: the database lacks a value, has one that was not written, or one in a data file whose
+            digest nobody knows.
     """
-    rows: list[tuple[int, int, int, int, int, bytes]] = []
-    files: dict[str, int] = {}
-    others: set[tuple[str, int]] = set()
-    tail = bytearray()
-    seen: set[str] = set()
-    deferred: list[LocatedValue] = []
-    for value in located:
-        place, known = chunks.get(value.key), digests.get(value.key)
-        seen.add(value.key)
-        if place is None or known is None:
-            if value.file is not None:
-                deferred.append(value)
-        elif value.file is None:
-            rows.append((*place, INLINE, len(tail), value.length, known))
-            tail += value.inline or b""
-        else:
-            others.add((value.file, value.offset))
-            rows.append((*place, files.setdefault(value.file, len(files)), value.offset, value.length, known))
-    missing = digests.keys() - seen
-    if missing:
-        raise SaveError(f"the database lacks {len(missing)} of the values written, {min(missing)!r} first")
-    # A second key of a leaf is a reference to the same place; the key that was written says its digest.
-    deferred.sort(key=lambda value: value.key not in digests)
-    for value in _others(deferred, others, chunks):
-        if value.key not in digests:
-            raise SaveError(f"the database holds {value.key!r}, which was not written by this save")
-        file = files.setdefault(value.file or "", len(files))
-        rows.append((NO_LEAF, 0, file, value.offset, value.length, digests[value.key]))
-    return ChunkTable(files=tuple(files), rows=np.array(rows, ROW), inline=bytes(tail))
+    if located.keys != keys.names:
+        missing, unknown = set(keys.names) - set(located.keys), set(located.keys) - set(keys.names)
+        raise SaveError(
+            f"the database lacks {len(missing)} of the values written ({sorted(missing)[:1]}) and holds "
+            f"{len(unknown)} others ({sorted(unknown)[:1]})"
+        )
+    file = np.array(located.file, np.int64)
+    is_chunk = keys.leaf != NO_LEAF
+    rows = np.zeros(np.count_nonzero(is_chunk), ROW)
+    rows["leaf"], rows["chunk"], rows["file"] = keys.leaf[is_chunk], keys.chunk[is_chunk], file[is_chunk]
+    rows["offset"] = np.array(located.offset, np.uint64)[is_chunk]
+    rows["length"] = np.array(located.length, np.uint64)[is_chunk]
+    rows["digest"] = np.frombuffer(b"".join(digests), "V16")[keys.number[is_chunk]]
+    inline = rows["file"] == INLINE
+    lengths = rows["length"][inline]
+    rows["offset"][inline] = np.cumsum(lengths) - lengths
+    tail = b"".join([located.inline[i] or b"" for i in np.flatnonzero(is_chunk & (file == INLINE))])
+    more = _others(np.flatnonzero(~is_chunk & (file != INLINE)).tolist(), located, rows, others)
+    return ChunkTable(files=located.files, rows=np.concatenate([rows, np.array(more, ROW)]), inline=tail)
 
 
 def _others(
-    values: Iterable[LocatedValue], taken: set[tuple[str, int]], chunks: Mapping[str, tuple[int, int]]
-) -> Iterator[LocatedValue]:
-    """The values in files that are no chunk, each place once."""
-    for value in values:
-        place = (value.file or "", value.offset)
-        if value.key not in chunks and place not in taken:
-            taken.add(place)
-            yield value
+    found: Sequence[int], located: Located, rows: Rows, digests: Mapping[bytes, bytes]
+) -> list[tuple[int, int, int, int, int, bytes]]:
+    """A row for each value in a file that is no chunk, and lies nowhere where a row speaks already."""
+    if not found:
+        return []
+    taken: set[tuple[int, int]] = set(zip(rows["file"].tolist(), rows["offset"].tolist(), strict=True))
+    result: list[tuple[int, int, int, int, int, bytes]] = []
+    # A second key of a leaf is a reference to the same place; the key that was written says its digest.
+    for i in sorted(found, key=lambda i: located.keys[i] not in digests):
+        place = located.file[i], located.offset[i]
+        if place in taken:
+            continue
+        if located.keys[i] not in digests:
+            raise SaveError(f"the digest of {located.keys[i]!r}, which lies in a file, is not known")
+        taken.add(place)
+        result.append((NO_LEAF, 0, *place, located.length[i], digests[located.keys[i]]))
+    return result

@@ -13,10 +13,9 @@ import asyncio
 import base64
 import json
 import os
-import threading
-import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -26,21 +25,25 @@ from msgspec import Struct
 from orbax.checkpoint import metadata as orbax_metadata
 from orbax.checkpoint import multihost, type_handlers
 
-from jaxckpt.errors import CheckpointError, SaveError
+from jaxckpt.errors import CheckpointError
 from jaxckpt.graph.model import ArraySpec
 from jaxckpt.storage import kv
 from jaxckpt.storage.chunks import grid
 from jaxckpt.storage.format.dtypes import ORBAX_DTYPES
 from jaxckpt.storage.format.zarr import ZarrReader
-from jaxckpt.storage.hold import hold_all, is_key
+from jaxckpt.storage.hold import Borrowed, Buffer, hold_all, is_key
+from jaxckpt.storage.kv_dump import locate
 from jaxckpt.storage.place import Placement, place
+from jaxckpt.storage.plan import Item, prepare
+from jaxckpt.storage.work import Done, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Coroutine
 
     from orbax.checkpoint import future
     from orbax.checkpoint.type_handlers import ParamInfo, RestoreArgs, SaveArgs
 
+_T = TypeVar("_T")
 # Orbax merges every database of a name that begins so; in `ocdbt.process_0` its other handlers write.
 _PROCESS_DIRECTORY = "ocdbt.process_jaxckpt"
 # Arrays read before they are put on devices.
@@ -52,20 +55,18 @@ class ChunkArgs(type_handlers.SaveArgs):
     """How to store one array.
 
     Attributes:
-        chunk_shape: shape of a chunk; None for the grid of the array's shape and sharding.
-        raw: see `kv.ArrayWrite`.
+        item: how; None for what follows from the array's shape and sharding.
     """
 
-    chunk_shape: tuple[int, ...] | None = None
-    raw: bool = False
+    item: Item | None = None
 
 
 class Direct(Struct, frozen=True, kw_only=True):
-    """A save of jaxckpt's own: what goes into the database beside the arrays. See `kv.write`."""
+    """A save of jaxckpt's own: what else `kv.write` is to know."""
 
-    values: Sequence[tuple[str, bytes]] = ()
     aliases: Sequence[tuple[str, str]] = ()
-    memory_limit: int | None = None
+    memory_limit: int = 1 << 30
+    progress: Callable[[], object] | None = None
 
 
 class GraphArrayHandler(type_handlers.ArrayHandler):
@@ -101,15 +102,15 @@ class GraphArrayHandler(type_handlers.ArrayHandler):
             UnsupportedLeafError: an array is deleted.
         """
         args = args or [ChunkArgs()] * len(values)
-        if self._direct is not None:
-            arrays = _writes(values, infos, args)
-            parent = os.fspath(infos[0].parent_dir) if infos else ""
-            return [cast("future.Future", _Written(_write_direct(parent, arrays, self._direct)))]
+        if self._direct is not None and isinstance(args, _PlannedArgs):
+            written = _write_direct(os.fspath(infos[0].parent_dir), args.items, values, self._direct)
+            return [cast("future.Future", Done(written))]
         if self._orbax_options or not all(map(_is_ours, values, infos, args)):
             return await super().serialize(values, infos, args)
-        arrays = _writes(values, infos, args)
-        beside = _Beside.of(values, infos, arrays)
-        work = _Work(lambda wait: _write_beside(wait, infos[0], arrays, beside), self._timeout)
+        held = hold_all(values).arrays
+        items = [_item(*each) for each in zip(values, held, infos, args, strict=True)]
+        beside = _Beside.of(values, infos, items)
+        work = Work(lambda wait: _write_beside(wait, infos[0], items, held, beside), self._timeout)
         return [cast("future.Future", work)]
 
     async def deserialize(
@@ -134,31 +135,37 @@ class GraphArrayHandler(type_handlers.ArrayHandler):
 
 def write(
     directory: str,
-    arrays: Sequence[kv.ArrayWrite],
-    values: Sequence[tuple[str, bytes]] = (),
+    items: Sequence[Item],
+    buffers: Sequence[Buffer | Borrowed],
     aliases: Sequence[tuple[str, str]] = (),
     *,
-    memory_limit: int | None = None,
-) -> list[kv.Located]:
+    memory_limit: int = 1 << 30,
+    progress: Callable[[], object] | None = None,
+) -> kv.Written:
     """`kv.write`, through the handler.
 
     Raises:
         SaveError: as `kv.write` does.
     """
-    handler = GraphArrayHandler(direct=Direct(values=values, aliases=aliases, memory_limit=memory_limit))
-    parent, context = epath.Path(directory), kv.context()
-    infos = [
-        # the path of a parameter is of no use in a database, and 10 us to make
-        type_handlers.ParamInfo(
-            name=array.key, parent_dir=parent, path=parent, is_ocdbt_checkpoint=True, ts_context=context
-        )
-        for array in arrays
-    ]
-    if not infos:
-        return kv.write(directory, (), values, aliases, memory_limit=memory_limit)
-    args = [ChunkArgs(chunk_shape=array.chunk_shape, raw=array.raw) for array in arrays]
-    [written] = _run(handler.serialize([array.host for array in arrays], infos, args))
+    direct = Direct(aliases=aliases, memory_limit=memory_limit, progress=progress)
+    if not items:  # a handler has nothing to do, and a checkpoint is to have a database
+        return _write_direct(directory, items, buffers, direct)
+    infos = _PlannedInfos(items, epath.Path(directory))
+    [written] = _run(GraphArrayHandler(direct=direct).serialize(buffers, infos, _PlannedArgs(items)))
     return written.result()
+
+
+def _write_direct(
+    directory: str, items: Sequence[Item], buffers: Sequence[Buffer | Borrowed], direct: Direct
+) -> kv.Written:
+    return kv.write(
+        directory,
+        items,
+        buffers,
+        direct.aliases,
+        memory_limit=direct.memory_limit,
+        progress=direct.progress,
+    )
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -170,17 +177,49 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError("a handler that writes in place has waited")
 
 
-def _writes(
-    values: Sequence[Any], infos: Sequence[ParamInfo], args: Sequence[SaveArgs]
-) -> list[kv.ArrayWrite]:
-    held = values if all(type(value) is np.ndarray for value in values) else hold_all(values).arrays
-    arrays: list[kv.ArrayWrite] = []
-    for value, host, info, arg in zip(values, held, infos, args, strict=True):
-        chunk_shape, raw = (arg.chunk_shape, arg.raw) if isinstance(arg, ChunkArgs) else (None, False)
-        if chunk_shape is None:
-            chunk_shape = grid(host.shape, host.dtype.itemsize, _shard_shape(value, host.shape))
-        arrays.append(kv.ArrayWrite(key=info.name, host=host, chunk_shape=chunk_shape, raw=raw))
-    return arrays
+class _Planned(Sequence[_T]):
+    """What Orbax's interface wants to be told of each array, made when it is asked for: 2 us each."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        items = self.items[index]
+        return [self._make(item) for item in items] if isinstance(index, slice) else self._make(items)
+
+    def _make(self, item: Any) -> Any:
+        raise NotImplementedError
+
+
+class _PlannedInfos(_Planned["ParamInfo"]):
+    def __init__(self, items: Sequence[Item], parent: epath.Path) -> None:
+        super().__init__(items)
+        self._parent, self._context = parent, kv.context()
+
+    def _make(self, item: Item) -> Any:
+        name = item.names[0].rpartition("/")[0] if item.names else (item.document or ("",))[0]
+        return type_handlers.ParamInfo(
+            name=name,
+            parent_dir=self._parent,
+            path=self._parent,  # of no use in a database
+            is_ocdbt_checkpoint=True,
+            ts_context=self._context,
+        )
+
+
+class _PlannedArgs(_Planned["SaveArgs"]):
+    def _make(self, item: Item) -> Any:
+        return ChunkArgs(item=item)
+
+
+def _item(value: Any, host: np.ndarray[Any, Any], info: ParamInfo, arg: SaveArgs) -> Item:
+    if isinstance(arg, ChunkArgs) and arg.item is not None:
+        return arg.item
+    chunk_shape = grid(host.shape, host.dtype.itemsize, _shard_shape(value, host.shape))
+    return prepare(info.name, host.shape, host.dtype, chunk_shape)
 
 
 def _shard_shape(value: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -189,10 +228,6 @@ def _shard_shape(value: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
     shard = value.sharding.shard_shape(value.shape)
     return tuple(shard) + shape[value.ndim :]
-
-
-def _write_direct(parent: str, arrays: list[kv.ArrayWrite], direct: Direct) -> list[kv.Located]:
-    return kv.write(parent, arrays, direct.values, direct.aliases, memory_limit=direct.memory_limit)
 
 
 def _is_ours(value: Any, info: ParamInfo, arg: SaveArgs) -> bool:
@@ -210,18 +245,18 @@ class _Beside(Struct, frozen=True, kw_only=True):
     metadatas: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, values: Sequence[Any], infos: Sequence[ParamInfo], arrays: list[kv.ArrayWrite]) -> _Beside:
+    def of(cls, values: Sequence[Any], infos: Sequence[ParamInfo], items: Sequence[Item]) -> _Beside:
         shardings: dict[str, str] = {}
         metadatas: list[dict[str, Any]] = []
-        for value, info, array in zip(values, infos, arrays, strict=True):
+        for value, info, item in zip(values, infos, items, strict=True):
             sharding = _sharding_string(value.sharding)
             if sharding is not None:
                 shardings[base64.urlsafe_b64encode(info.name.encode()).decode()] = sharding
             impl = {"random_key_impl": str(jax.random.key_impl(value))} if is_key(value.dtype) else None
             document = {
                 "param_name": info.name,
-                "write_shape": list(array.host.shape),
-                "chunk_shape": list(array.chunk_shape),
+                "write_shape": list(item.shape),
+                "chunk_shape": list(item.chunk_shape),
                 "ext_metadata": impl,
             }
             metadatas.append({"array_metadata": document})
@@ -264,7 +299,7 @@ def _read_plain(infos: Sequence[ParamInfo], args: Sequence[RestoreArgs]) -> list
         return None
     try:
         directory = os.fspath(infos[0].parent_dir)
-        reader = ZarrReader(directory, {value.key: value for value in kv.locate(directory)})
+        reader = ZarrReader(directory, locate(directory))
     except (ValueError, CheckpointError):
         return None
     results: list[Any] = []
@@ -303,7 +338,11 @@ def _placement(reader: ZarrReader, info: ParamInfo, arg: RestoreArgs) -> Placeme
 
 
 def _write_beside(
-    wait: Callable[[epath.Path], None], info: ParamInfo, arrays: list[kv.ArrayWrite], beside: _Beside
+    wait: Callable[[epath.Path], None],
+    info: ParamInfo,
+    items: Sequence[Item],
+    held: Sequence[Buffer],
+    beside: _Beside,
 ) -> None:
     try:
         parent = info.parent_dir
@@ -313,60 +352,5 @@ def _write_beside(
     wait(parent)
     directory = parent / f"{_PROCESS_DIRECTORY}{multihost.process_index()}"
     directory.mkdir(parents=True, exist_ok=True)
-    kv.write(os.fspath(directory), arrays, sync=True)
+    kv.write(os.fspath(directory), items, held, sync=True)
     beside.write(parent)
-
-
-class _Written:
-    """The future of what is done."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def result(self, timeout: float | None = None) -> Any:
-        del timeout
-        return self._value
-
-    def cancel(self) -> bool:
-        return False
-
-
-@dataclass
-class _Work:
-    """The future of a write in a thread, which ends with the write and not before the interpreter does."""
-
-    work: Callable[[Callable[[epath.Path], None]], None]
-    timeout: float
-    error: BaseException | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._run, name="jaxckpt-orbax-write", daemon=False)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.work(self._wait)
-        except BaseException as error:
-            self.error = error
-
-    def _wait(self, parent: epath.Path) -> None:
-        """Waits until Orbax has made the directory, which its asynchronous savers do meanwhile."""
-        end = time.monotonic() + self.timeout
-        while not parent.exists():
-            if self.cancelled.wait(0.01):
-                raise SaveError(f"the save into {parent} was cancelled")
-            if time.monotonic() > end:
-                raise SaveError(f"Orbax did not make the directory {parent} within {self.timeout:g} s")
-
-    def result(self, timeout: float | None = None) -> None:
-        self.thread.join(timeout)
-        if self.thread.is_alive():
-            raise TimeoutError(f"the arrays were not written within {timeout} s")
-        if self.error is not None:
-            raise self.error
-
-    def cancel(self) -> bool:
-        """Gives up the wait for the directory; a write that has begun is finished."""
-        self.cancelled.set()
-        return True

@@ -8,74 +8,54 @@ document, and ``<key>/<i>.<j>``, the bytes of a chunk in C order.
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-from dataclasses import dataclass, field
+import re
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
 from msgspec import Struct
 
-from jaxckpt.errors import CorruptCheckpointError, SaveError
-from jaxckpt.storage.chunks import chunk_counts, chunk_names, chunk_slices
-from jaxckpt.storage.format.zarr import zarray
+from jaxckpt.errors import SaveError
+from jaxckpt.storage.chunks import INLINE, Located, chunk_counts, chunk_slices, digest
+from jaxckpt.storage.format import ocdbt
+from jaxckpt.storage.hold import take_in_order
+from jaxckpt.storage.memory import give_back
+from jaxckpt.storage.plan import EMPTY, Item
 from jaxckpt.storage.process import was_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-#: Chunks of this many bytes and more are handed over by reference: below it the fixed cost of opening
-#: an array (0.1 ms) is more than that of a copy.
-REFERENCE_BYTES = 1 << 20
+    from jaxckpt.storage.hold import Borrowed, Buffer
+
 #: Size at which a data file is closed and the next one begun.
 DATA_FILE_BYTES = 64 << 20
-
-# Half of this bounds what a transaction may hold where the caller names no bound.
-_MEMORY_LIMIT = 1 << 30
-_MAX_RANK = 32  # tensorstore's
-
-
-class ArrayWrite(Struct, frozen=True, kw_only=True):
-    """An array on its way to the database.
-
-    Attributes:
-        key: storage key, without a slash at its end; empty for a tree that is one array.
-        host: the values; little-endian. Not to be changed before `write` has returned.
-        chunk_shape: shape of a chunk; divides ``host.shape``.
-        raw: whether to leave the ``.zarray`` document out (of what zarr has no name for).
-    """
-
-    key: str
-    host: np.ndarray[Any, Any]
-    chunk_shape: tuple[int, ...]
-    raw: bool = False
+#: Bytes that a transaction copies at most; more of them are no faster (measured from 16 MiB to 1 GiB).
+COPIED_BYTES = 64 << 20
+#: Values of at most this many bytes lie inside the tree nodes.
+INLINE_BYTES = 256
+# Freed memory of fewer bytes is not worth the milliseconds that it takes to return it.
+_GIVE_BACK_FROM = 16 << 20
+# Seconds between two looks at how far a write is.
+_LOOK_EVERY = 0.1
 
 
-class Located(NamedTuple):  # not a frozen dataclass: ten thousand of them are made at every save
-    """Where a value of the database lies.
+class Written(Struct, frozen=True, kw_only=True):
+    """What `write` has written.
 
     Attributes:
-        key: its key.
-        file: data file, relative to the database's directory; None for a value inside a tree node.
-        offset: of its first byte in that file.
-        length: in bytes.
-        inline: the value itself where `file` is None, else None.
+        located: where all values of the database lie.
+        digests: of each chunk, in the order of the items and in C order within each.
+        others: digest of each other value that may lie in a data file, by its key.
     """
 
-    key: str
-    file: str | None
-    offset: int
-    length: int
-    inline: bytes | None
-
-
-@lru_cache(maxsize=1024)
-def _document(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    return zarray(shape, chunk_shape, dtype.name)
+    located: Located
+    digests: list[bytes]
+    others: dict[bytes, bytes]
 
 
 def context() -> ts.Context:
@@ -86,114 +66,77 @@ def context() -> ts.Context:
 
 def write(
     directory: str,
-    arrays: Sequence[ArrayWrite],
-    values: Sequence[tuple[str, bytes]] = (),
+    items: Sequence[Item],
+    buffers: Sequence[Buffer | Borrowed],
     aliases: Sequence[tuple[str, str]] = (),
     *,
-    memory_limit: int | None = None,
+    memory_limit: int = 1 << 30,
     sync: bool = False,
-) -> list[Located]:
-    """Writes a new database into `directory`, which exists, and says where all of it lies, as `locate`.
+    progress: Callable[[], object] | None = None,
+) -> Written:
+    """Writes a new database into `directory`, which exists, and says where all of it lies.
 
-    Chunks of `REFERENCE_BYTES` and more are written from the memory they lie in, where they are
-    contiguous there; what must be copied is held in transactions of at most half of `memory_limit`.
-    Starts no thread of Python's, so that it works while the interpreter shuts down.
+    Large chunks are written from the memory they lie in, where they are contiguous there, and their digests
+    are taken meanwhile; what must be copied is held in transactions of at most half of `memory_limit`, and
+    of `COPIED_BYTES`. Starts no thread of Python's, so that it works while the interpreter shuts down.
 
     Args:
         directory: where to, an absolute path; the files are ``manifest.ocdbt``, values in ``d/``, tree
             nodes in ``m/``.
-        arrays: the arrays.
-        values: other keys and their values.
+        items: the arrays.
+        buffers: the values of each. Not to be changed before this has returned or raised. Those that are
+            `Borrowed` are brought to the host within the memory limit.
         aliases: pairs of a prefix whose keys are written here, and a prefix under which the same
             values are to be found as well; they take the room of a tree entry.
         memory_limit: bytes.
         sync: whether tensorstore forces the files to the disk as it writes them; else the caller does.
+        progress: called now and then.
 
     Raises:
-        SaveError: the files could not be written.
+        SaveError: the files could not be written; other writes may still be under way (`directory.abandon`).
     """
     refuse_fork()
-    writer = _Writer(directory=directory, budget=max(1, (memory_limit or _MEMORY_LIMIT) // 2), sync=sync)
+    writer = _Writer(directory, max(1, min(memory_limit // 2, COPIED_BYTES)), sync, progress)
     try:
-        writer.arrays(arrays)
-        for key, value in values:
-            writer.value(key, value)
+        writer.open()
+        writer.arrays(items, buffers)
         if not writer.started:
-            writer.value(".jaxckpt", b"")  # without a key there is no file at all, and then Orbax finds none
+            writer.put(EMPTY, b"")
         writer.commit()
         if aliases:
             writer.aliases(aliases)
+        located = ocdbt.located(directory)
+        _trim(directory, located)
     except SaveError:
         raise
     except Exception as error:  # tensorstore maps each status to another class of Python's
-        nbytes = sum(array.host.nbytes for array in arrays) + sum(len(value) for _, value in values)
-        raise SaveError(f"cannot write {nbytes} bytes of values into {directory}: {error}") from error
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        failure = SaveError(f"cannot write {nbytes} bytes of values into {directory}: {error}")
+        failure.errno = _system_error(error)
+        raise failure from error
     finally:
         writer.abort()
-    located = locate(directory)
-    _trim(directory, located)
-    return located
+        if writer.copied_in_all >= _GIVE_BACK_FROM:
+            give_back()
+    return Written(located=located, digests=writer.digests, others=writer.others)
 
 
-def locate(directory: str) -> list[Located]:
-    """Where each value of the newest version of a database lies, in the order of the keys.
-
-    Raises:
-        CorruptCheckpointError: the database cannot be read.
-    """
-    refuse_fork()
-    try:
-        base = ts.KvStore.open({"driver": "file", "path": directory.rstrip("/") + "/"}).result()
-        manifest: dict[str, Any] = ts.ocdbt.dump(base).result()
-        root = manifest["versions"][-1]["root"]
-        found = _walk(base, root["location"]) if "location" in root else []
-    except Exception as error:
-        message = f"the database of {directory} cannot be read: {error}"
-        raise CorruptCheckpointError(message, files=("manifest.ocdbt",)) from error
-    found.sort()
-    return found
+def _system_error(error: Exception) -> int | None:
+    """What the operating system has said, which tensorstore quotes in its message."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
-def _trim(directory: str, located: Sequence[Located]) -> None:
+def _trim(directory: str, located: Located) -> None:
     """Cuts off the zeros by which OCDBT fills large data files up to a whole page."""
-    ends: dict[str, int] = {}
-    for value in located:
-        if value.file is not None:
-            ends[value.file] = max(ends.get(value.file, 0), value.offset + value.length)
-    for file, end in ends.items():
-        path = os.path.join(directory, file)
+    ends = [0] * len(located.files)
+    for file, offset, length in zip(located.file, located.offset, located.length, strict=True):
+        if file != INLINE and offset + length > ends[file]:
+            ends[file] = offset + length
+    for name, end in zip(located.files, ends, strict=True):
+        path = os.path.join(directory, name)
         if os.path.getsize(path) != end:
             os.truncate(path, end)
-
-
-def _walk(base: ts.KvStore, root: str) -> list[Located]:
-    found: list[Located] = []
-    files: dict[tuple[str, str], str] = {}
-    level = [(b"", root)]
-    while level:
-        # all nodes of a level at once: the reads overlap
-        futures = [(prefix, ts.ocdbt.dump(base, node=location)) for prefix, location in level]
-        level = []
-        for prefix, future in futures:
-            node: dict[str, Any] = future.result()
-            if node["height"]:
-                level += [
-                    (prefix + entry["subtree_common_prefix"], entry["location"]) for entry in node["entries"]
-                ]
-                continue
-            for entry in node["entries"]:
-                key = (prefix + entry["key"]).decode("utf-8", "surrogateescape")
-                inline = entry.get("inline_value")
-                if inline is not None:
-                    found.append(Located(key, None, 0, len(inline), inline))
-                    continue
-                # "value:<directory of a merged database, or nothing>:<file>:<offset>:<length>"
-                _, parent, name, offset, length = entry["indirect_value"].split(":")
-                file = files.get((parent, name))
-                if file is None:
-                    file = files[parent, name] = unquote(parent) + unquote(name)
-                found.append(Located(key, file, int(offset), int(length), None))
-    return found
 
 
 def refuse_fork() -> None:
@@ -220,7 +163,7 @@ def _spec(directory: str, sync: bool) -> dict[str, Any]:
         "assume_config": True,
         "config": {
             "manifest_kind": "single",
-            "max_inline_value_bytes": 256,
+            "max_inline_value_bytes": INLINE_BYTES,
             "max_decoded_node_bytes": 65536,
             "compression": None,
         },
@@ -230,11 +173,6 @@ def _spec(directory: str, sync: bool) -> dict[str, Any]:
         "target_data_file_size": DATA_FILE_BYTES,
         "cache_pool": "cache_pool#ocdbt",
     }
-
-
-def _by_reference(array: ArrayWrite) -> bool:
-    nbytes = math.prod(array.chunk_shape) * array.host.dtype.itemsize
-    return nbytes >= REFERENCE_BYTES and array.host.size > 0 and 0 < array.host.ndim <= _MAX_RANK
 
 
 @lru_cache(maxsize=1024)
@@ -248,120 +186,146 @@ def _stand_in(nbytes: int, rank: int) -> tuple[int, ...]:
     return (*lengths, nbytes)
 
 
-def _chunks(array: ArrayWrite) -> Iterable[tuple[str, tuple[Any, ...]]]:
-    """Name and place of each chunk; of a zero-size array none."""
-    shape, chunk_shape = array.host.shape, array.chunk_shape
-    if shape == chunk_shape and array.host.size:
-        return [(".".join("0" * len(shape)) or "0", (...,))]
-    if any(size % part for size, part in zip(shape, chunk_shape, strict=True)):
-        raise ValueError(f"chunks of {chunk_shape} do not divide the shape {shape} of {array.key!r}")
-    return zip(chunk_names(shape, chunk_shape), chunk_slices(shape, chunk_shape), strict=True)
-
-
-@dataclass(slots=True, kw_only=True)
 class _Writer:
     """One database being written: the open transaction and what it holds."""
 
-    directory: str
-    budget: int
-    sync: bool
-    context: ts.Context = field(default_factory=context)
-    store: Any = None
-    transaction: Any = None
-    inside: Any = None
-    pending: list[Any] = field(default_factory=list[Any])
-    copied: int = 0
-    started: bool = False
+    def __init__(
+        self, directory: str, budget: int, sync: bool, progress: Callable[[], object] | None
+    ) -> None:
+        self.directory, self.budget, self.progress = directory, budget, progress
+        self.digests: list[bytes] = []
+        self.others: dict[bytes, bytes] = {}
+        self._sync, self._context = sync, context()
+        self._store: Any = None
+        self._transaction: Any = None
+        self._inside: Any = None
+        self._pending: list[Any] = []
+        self._undigested: list[tuple[int, Any]] = []
+        self._copied = self.copied_in_all = 0
+        self.started = False
 
-    def arrays(self, arrays: Sequence[ArrayWrite]) -> None:
-        large = [_by_reference(array) for array in arrays]
-        for wanted in (True, False):  # in this order: what is copied shares the last transaction
-            for array, is_large in zip(arrays, large, strict=True):
-                if is_large is wanted:
-                    self._array(array)
+    def open(self) -> None:
+        spec = _spec(self.directory, self._sync)
+        self._store = ts.KvStore.open(spec, context=self._context).result()
 
-    def _array(self, array: ArrayWrite) -> None:
-        prefix = f"{array.key}/" if array.key else ""
-        if _by_reference(array):
-            self._reference(array, prefix)
-        else:
-            for chunk, slices in _chunks(array):
-                # (not an item of an array of strings: that comes without the zeros at its end)
-                part = array.host[slices] if slices else array.host
-                self._put(prefix + chunk, part.tobytes())
-        if not array.raw:
-            self._put(f"{prefix}.zarray", _document(array.host.shape, array.chunk_shape, array.host.dtype))
+    def arrays(self, items: Sequence[Item], buffers: Sequence[Buffer | Borrowed]) -> None:
+        starts: list[int] = []
+        number = 0
+        for item in items:
+            starts.append(number)
+            number += len(item.names)
+        self.digests = [b""] * number
+        # what is copied comes last, and shares the last transaction
+        order = sorted(range(len(items)), key=lambda i: not items[i].by_reference)
+        for i, buffer, copied in take_in_order(buffers, order, self.budget):
+            if items[i].by_reference:
+                self._reference(items[i], np.asarray(buffer), starts[i], copied=copied)
+            else:
+                self._copy(items[i], buffer, starts[i])
+            document = items[i].document
+            if document is not None:
+                self.put(*document)
 
-    def value(self, key: str, value: bytes) -> None:
-        self._put(key, value)
+    def _copy(self, item: Item, buffer: Buffer, number: int) -> None:
+        if len(item.names) == 1:
+            # (not an item of an array of strings: that comes without the zeros at its end)
+            data = buffer.tobytes()
+            self.digests[number] = digest(data)
+            self._pending.append(self._room(len(data)).write(item.names[0], data))
+            return
+        array = np.asarray(buffer)
+        for name, slices in zip(item.names, chunk_slices(item.shape, item.chunk_shape), strict=True):
+            data = array[slices].tobytes()
+            self.digests[number] = digest(data)
+            self._pending.append(self._room(len(data)).write(name, data))
+            number += 1
+
+    def put(self, key: str, value: bytes) -> None:
+        """Writes a value that is no chunk."""
+        if len(value) > INLINE_BYTES:
+            self.others[key.encode()] = digest(value)
+        self._pending.append(self._room(len(value)).write(key, value))
 
     def commit(self) -> None:
         """Writes what is pending."""
-        if self.transaction is None:
+        if self._transaction is None:
             return
-        for future in self.pending:
+        for future in self._pending:
             future.result()
-        transaction: Any = self.transaction
-        transaction.commit_async().result()
+        self._pending = [self._transaction.commit_async()]
+        for number, data in self._undigested:
+            self.digests[number] = digest(data)
+        self._wait(self._pending[0])
         self._forget()
 
+    def _wait(self, future: Any) -> None:
+        while self.progress is not None:
+            try:
+                future.result(timeout=_LOOK_EVERY)
+                return
+            except TimeoutError:
+                self.progress()
+        future.result()
+
     def abort(self) -> None:
-        """Throws away what is pending; nothing, after `commit`."""
-        if self.transaction is not None:
-            self.transaction.abort()
+        """Throws away what is pending, if anything is; see `directory.abandon` for what still writes."""
+        if self._transaction is not None:
+            self._transaction.abort()
+            for future in self._pending:
+                with contextlib.suppress(Exception):  # told already, or the effect of the abort
+                    future.result()
             self._forget()
 
-    def aliases(self, aliases: Iterable[tuple[str, str]]) -> None:
+    def aliases(self, aliases: Sequence[tuple[str, str]]) -> None:
         """Copies tree entries, which needs values that are committed, in a transaction of their own."""
-        source, target = self.store, self._open()
+        target = self._room(0)
         for existing, new in aliases:
-            future = (source + f"{existing}/").experimental_copy_range_to(target + f"{new}/")
-            self.pending.append(future)
+            source = self._store + f"{existing}/"
+            self._pending.append(source.experimental_copy_range_to(target + f"{new}/"))
         self.commit()
 
     def _forget(self) -> None:
-        self.transaction, self.inside, self.pending, self.copied = None, None, [], 0
-
-    def _open(self) -> Any:
-        if self.store is None:
-            self.store = ts.KvStore.open(_spec(self.directory, self.sync), context=self.context).result()
-        if self.transaction is None:
-            self.transaction = ts.Transaction(atomic=True)
-            self.inside = self.store.with_transaction(self.transaction)
-        self.started = True
-        return self.inside
+        self._transaction, self._inside, self._copied = None, None, 0
+        self._pending, self._undigested = [], []
 
     def _room(self, nbytes: int) -> Any:
         """The store in a transaction that has room for so many bytes more."""
-        if self.copied and self.copied + nbytes > self.budget:
+        if self._copied and self._copied + nbytes > self.budget:
             self.commit()
-        self.copied += nbytes
-        return self._open()
+        if self._transaction is None:
+            self._transaction = ts.Transaction(atomic=True)
+            self._inside = self._store.with_transaction(self._transaction)
+            self.started = True
+        self._copied += nbytes
+        self.copied_in_all += nbytes
+        return self._inside
 
-    def _put(self, key: str, value: bytes) -> None:
-        self.pending.append(self._room(len(value)).write(key, value))
-
-    def _reference(self, array: ArrayWrite, prefix: str) -> None:
+    def _reference(self, item: Item, array: np.ndarray[Any, Any], number: int, *, copied: bool) -> None:
         """Writes large chunks through the zarr driver, which keeps a reference until the commit.
 
         The driver sees another array with the same names of chunks: of plain bytes, so that this works
         for every dtype, in chunks without lengths of 1, since a chunk with such a one is copied.
         """
-        chunks = list(_chunks(array))
-        counts = chunk_counts(array.host.shape, array.chunk_shape)
-        shape = _stand_in(array.host.nbytes // len(chunks), array.host.ndim)
+        counts = chunk_counts(item.shape, item.chunk_shape)
+        places = chunk_slices(item.shape, item.chunk_shape)
+        shape = _stand_in(array.nbytes // len(places), array.ndim)
         store: Any = None
         opened: Any = None
-        for index, (_, slices) in zip(product(*map(range, counts)), chunks, strict=True):
-            part = array.host[slices]
+        for index, slices in zip(product(*map(range, counts)), places, strict=True):
+            part = array[slices]
             shown = part.flags.c_contiguous and 1 not in shape
-            inside = self._room(0 if shown else part.nbytes)
-            if opened is None or self.transaction is not opened:
-                opened = self.transaction
-                store = self._zarr(inside + prefix, counts, shape)
+            inside = self._room(0 if shown and not copied else part.nbytes)
+            if opened is None or self._transaction is not opened:
+                opened = self._transaction
+                start = item.names[0].rindex("/") + 1 if "/" in item.names[0] else 0
+                store = self._zarr(inside + item.names[0][:start], counts, shape)
             place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, shape, strict=True))
-            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(shape)
-            self.pending.append(store[place].write(data, can_reference_source_data_indefinitely=True))
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            self._undigested.append((number, data))
+            number += 1
+            self._pending.append(
+                store[place].write(data.reshape(shape), can_reference_source_data_indefinitely=True)
+            )
 
     def _zarr(self, store: Any, counts: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Any:
         spec = {
@@ -377,4 +341,4 @@ class _Writer:
                 "shape": [count * length for count, length in zip(counts, chunk_shape, strict=True)],
             },
         }
-        return ts.open(spec, kvstore=store, open=True, assume_metadata=True, context=self.context).result()
+        return ts.open(spec, kvstore=store, open=True, assume_metadata=True, context=self._context).result()

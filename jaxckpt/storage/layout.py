@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxckpt.graph.model import ArraySpec, Frozen, IteratorSpec, ObjectGraph, ValueSpec, join
-from jaxckpt.storage.chunks import chunk_names, grid
+from jaxckpt.storage.chunks import grid
 from jaxckpt.storage.format.dtypes import numpy_dtype
 from jaxckpt.storage.format.spelling import Place, places
 
@@ -168,16 +168,6 @@ def names(graph: ObjectGraph, entry: Entry) -> tuple[str, ...]:
 def prefix(key: str) -> str:
     """What stands before the last part of an entry's database keys; nothing for a tree of one array."""
     return f"{key}/" if key else ""
-
-
-def chunk_keys(entries: Sequence[Entry]) -> dict[str, tuple[int, int]]:
-    """Index of the entry and number of the chunk for each chunk's key in the database."""
-    found: dict[str, tuple[int, int]] = {}
-    for index, entry in enumerate(entries):
-        start = prefix(entry.key)
-        for number, name in enumerate(chunk_names(entry.shape, entry.chunk_shape)):
-            found[start + name] = (index, number)
-    return found
 
 
 class OrbaxValues(Frozen, frozen=True, kw_only=True, eq=False):

@@ -13,31 +13,32 @@ bytes in any process, on any day.
 
 from __future__ import annotations
 
-import gc
+import copy
 import re
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from jaxckpt.errors import CorruptCheckpointError, UnsupportedFormatError
-from jaxckpt.graph.model import ArraySpec, Frozen, IteratorSpec, ObjectGraph, ValueSpec
-from jaxckpt.storage.format.documents import EntryDoc, FilesDoc, SavedDoc
+from jaxckpt.graph.collector import paused
+from jaxckpt.graph.model import Frozen, ObjectGraph
+from jaxckpt.storage.entries import read_digests, read_entries
+from jaxckpt.storage.format.documents import FilesDoc, SavedDoc
 from jaxckpt.storage.format.graph_decode import Problems, from_documents
-from jaxckpt.storage.format.graph_encode import to_documents
 from jaxckpt.storage.format.json_values import freeze_json, thaw_json
 from jaxckpt.storage.format.paths import is_safe_name
 from jaxckpt.storage.format.seal import NAME as NAME
 from jaxckpt.storage.format.seal import VERSION as VERSION
 from jaxckpt.storage.format.seal import check_seal
 from jaxckpt.storage.format.seal import seal as seal
-from jaxckpt.storage.layout import Entry, spec_at
+from jaxckpt.storage.layout import Entry
+from jaxckpt.storage.recall import Known, recall, remember, take_apart
+from jaxckpt.storage.saved_text import entry_texts, graphs_text, saved_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
 _HEX = re.compile(r"[0-9a-f]{32}")
-_DTYPE = re.compile(r"[A-Za-z0-9_<>|=\[\]]{1,60}")
 
 
 class Files(Frozen, frozen=True, kw_only=True):
@@ -99,6 +100,7 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _DECODER = msgspec.json.Decoder(_Document)
+_FILES_DECODER = msgspec.json.Decoder(FilesDoc)
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -107,7 +109,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         TypeError: the metadata, or the metrics, are no JSON value; names the path.
     """
-    return seal(encode_saved(manifest), _encode_files(manifest.files))
+    return seal(encode_saved(manifest), encode_files(manifest.files))
 
 
 def encode_saved(manifest: Manifest) -> bytes:
@@ -116,27 +118,17 @@ def encode_saved(manifest: Manifest) -> bytes:
     Raises:
         TypeError: the metadata are no JSON value; names the path.
     """
-    stored = {entry.owner for entry in manifest.entries}
-    graphs = to_documents(manifest.graph, stored.__contains__)
-    entries = [
-        EntryDoc(
-            owner=list(entry.owner),
-            key=entry.key,
-            digest=found.hex(),
-            chunk_shape=list(entry.chunk_shape),
-            aliases=list(entry.aliases),
-            alias_keys=list(entry.alias_keys),
-            bytes=entry.shape[0] if isinstance(spec_at(manifest.graph, entry.owner), ValueSpec) else None,
-            raw=entry.raw,
-            visible=entry.visible,
-        )
-        for entry, found in zip(manifest.entries, manifest.digests, strict=True)
-    ]
-    metadata = freeze_json(manifest.metadata)
-    return msgspec.json.encode(SavedDoc(graphs=graphs, entries=entries, metadata=metadata))
+    graphs = graphs_text(manifest.graph, manifest.entries)
+    texts = entry_texts(manifest.graph, manifest.entries)
+    return saved_text(graphs, texts, manifest.digests, manifest.metadata)
 
 
-def _encode_files(files: Files) -> bytes:
+def encode_files(files: Files) -> bytes:
+    """What differs from save to save.
+
+    Raises:
+        TypeError: the metrics are no JSON value; names the path.
+    """
     document = FilesDoc(
         sequence=files.sequence,
         started=float(files.started),
@@ -167,13 +159,34 @@ def decode(data: bytes, source: str = NAME) -> Manifest:
             names every place.
         UnsupportedFormatError: it was written by a later release.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # ten thousands of values without a cycle among them: looking for one doubles the time
+    check_seal(data, source)
+    with paused():
+        text = take_apart(data)
+        files = None if text is None else _files_alone(text.files)
+        known = None if text is None or files is None else recall(text)
+        if text is not None and files is not None and known is not None:
+            return Manifest(
+                graph=known.graph,
+                metadata=copy.deepcopy(known.metadata),
+                entries=known.entries,
+                digests=text.digests,
+                files=files,
+            )
+        manifest = _decode(_document(data, source), source)
+        if text is not None and files == manifest.files:
+            known = Known(manifest.graph, copy.deepcopy(manifest.metadata), manifest.entries)
+            remember(text, known, manifest.digests)
+        return manifest
+
+
+def _files_alone(text: bytes) -> Files | None:
+    """The part that differs from save to save; None if anything is wrong with it."""
+    problems: Problems = []
     try:
-        return _decode(_document(data, source), source)
-    finally:
-        if collecting:
-            gc.enable()
+        files = _files(_FILES_DECODER.decode(text), problems)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if problems else files
 
 
 def _decode(document: _Document, source: str) -> Manifest:
@@ -181,19 +194,20 @@ def _decode(document: _Document, source: str) -> Manifest:
     graph = from_documents(document.graph.graphs, problems)
     files = _files(document.files, problems)
     metadata = _thaw(document.graph.metadata, "graph.metadata", problems)
+    digests = read_digests(document.graph.entries)
+    if digests is None:
+        problems.append("graph.entries: a digest is not 32 hexadecimal digits")
     entries: tuple[Entry, ...] = ()
     if graph is not None and not problems:
-        entries = _entries(document.graph.entries, graph, problems)
-    if graph is None or problems:
+        entries = read_entries(document.graph.entries, graph, problems)
+    if graph is None or digests is None or problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CorruptCheckpointError(f"{source} makes no sense:\n  {shown}{more}", files=[NAME])
-    digests = tuple(bytes.fromhex(entry.digest) for entry in document.graph.entries)
     return Manifest(graph=graph, metadata=metadata, entries=entries, digests=digests, files=files)
 
 
 def _document(data: bytes, source: str) -> _Document:
-    check_seal(data, source)
     try:
         return _DECODER.decode(data)
     except msgspec.ValidationError as error:
@@ -247,92 +261,3 @@ def _files(document: FilesDoc, problems: Problems) -> Files:
         nbytes=document.nbytes,
         nbytes_shared=document.nbytes_shared,
     )
-
-
-def _entries(documents: Sequence[EntryDoc], graph: ObjectGraph, problems: Problems) -> tuple[Entry, ...]:
-    owners = [tuple(document.owner) for document in documents]
-    specs = [spec_at(graph, owner) for owner in owners]
-    forms: dict[tuple[int, tuple[int, ...], int | None], tuple[str, tuple[int, ...]] | None] = {}
-    found: list[tuple[str, tuple[int, ...]]] = []
-    chunk_shapes = [tuple(document.chunk_shape) for document in documents]
-    for i, (document, spec, chunk_shape) in enumerate(zip(documents, specs, chunk_shapes, strict=True)):
-        form = (id(spec), chunk_shape, document.bytes)
-        if form not in forms:
-            forms[form] = _form(document, spec, chunk_shape)
-        stored = forms[form]
-        if stored is None or not _HEX.fullmatch(document.digest):
-            problems.append(f"graph.entries[{i}]: no leaf with that owner, chunk shape and digest can be")
-        else:
-            found.append(stored)
-    if problems:
-        return ()
-    _check_owners(documents, owners, specs, graph, problems)
-    keys = [key for document in documents for key in (document.key, *document.alias_keys)]
-    if len(set(keys)) != len(keys):
-        twice = [key for key, number in Counter(keys).items() if number > 1]
-        problems.append(f"graph.entries: several have the key {twice[0]!r}")
-    return tuple(
-        Entry(
-            owner=owner,
-            aliases=tuple(document.aliases),
-            key=document.key,
-            alias_keys=tuple(document.alias_keys),
-            dtype=dtype,
-            shape=shape,
-            chunk_shape=chunk_shape,
-            raw=document.raw,
-            visible=document.visible,
-        )
-        for document, owner, (dtype, shape), chunk_shape in zip(
-            documents, owners, found, chunk_shapes, strict=True
-        )
-    )
-
-
-def _form(
-    document: EntryDoc, spec: ArraySpec | ValueSpec | None, chunk_shape: tuple[int, ...]
-) -> tuple[str, tuple[int, ...]] | None:
-    """Dtype and shape of what is stored; None if there is no such leaf, or not in such chunks."""
-    if isinstance(spec, ArraySpec) and document.bytes is None:
-        dtype, shape = spec.dtype, spec.stored_shape
-    elif isinstance(spec, ValueSpec) and spec.value is None and 0 <= (document.bytes or 0) < 1 << 62:
-        dtype, shape = "uint8", (document.bytes or 0,)
-    else:
-        return None
-    fits = len(chunk_shape) == len(shape) and all(
-        1 <= part <= max(1, length) for part, length in zip(chunk_shape, shape, strict=True)
-    )
-    return (dtype, shape) if fits and _DTYPE.fullmatch(dtype) else None
-
-
-def _check_owners(
-    documents: Sequence[EntryDoc],
-    owners: Sequence[tuple[int, ...]],
-    specs: Sequence[ArraySpec | ValueSpec | None],
-    graph: ObjectGraph,
-    problems: Problems,
-) -> None:
-    """That each leaf that lies in the database has one entry, and that aliases are of one kind."""
-    owned = set(owners)
-    count = len(owners)
-    for i, document in enumerate(documents):
-        for alias in document.aliases:
-            if spec_at(graph, (alias,)) != specs[i]:
-                problems.append(f"graph.entries[{i}].aliases: a leaf that is not there, or another array")
-            owned.add((alias,))
-        count += len(document.aliases)
-    if len(owned) != count:
-        problems.append("graph.entries: several are of one leaf")
-    problems += [f"graph.entries: none for {key!r}" for path, key in _stored(graph) if path not in owned]
-
-
-def _stored(graph: ObjectGraph) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Path and key of every leaf whose value lies in the database."""
-    waiting: list[tuple[tuple[int, ...], ObjectGraph]] = [((), graph)]
-    for path, inner in waiting:
-        for index, leaf in enumerate(inner.leaves):
-            spec = leaf.spec
-            if isinstance(spec, ArraySpec) or (isinstance(spec, ValueSpec) and spec.value is None):
-                yield (*path, index), leaf.key
-            elif isinstance(spec, IteratorSpec) and spec.state is not None:
-                waiting.append(((*path, index), spec.state))  # the list is the queue

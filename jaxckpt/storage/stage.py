@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from msgspec import Struct
 
 from jaxckpt import __version__
 from jaxckpt.graph.model import ObjectGraph
-from jaxckpt.storage import directory, handler, kv
+from jaxckpt.storage import directory, handler
 from jaxckpt.storage import manifest as manifests
-from jaxckpt.storage.chunks import build_table, chunk_slices, digest, leaf_digest
-from jaxckpt.storage.format import orbax_files
-from jaxckpt.storage.format.spelling import Place
-from jaxckpt.storage.layout import Entry, OrbaxValues, chunk_keys, prefix
-from jaxckpt.storage.manifest import Files, Manifest
+from jaxckpt.storage.chunks import build_table, digest, leaf_digest
+from jaxckpt.storage.format import orbax_files, seal
+from jaxckpt.storage.hold import Borrowed, Buffer
+from jaxckpt.storage.layout import orbax_values
+from jaxckpt.storage.manifest import Files
+from jaxckpt.storage.plan import Plan, prepare
+from jaxckpt.storage.saved_text import graphs_text, saved_text
 
 TABLE = "chunks.process_0"
 #: Where the database keeps its values.
 VALUES = "d/"
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Contents(Struct, frozen=True, kw_only=True, eq=False):
@@ -31,22 +32,18 @@ class Contents(Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         graph: the tree.
-        entries: what goes into the database.
-        hosts: the values of each, C-contiguous, which nothing changes any more.
-        places: what Orbax sees of the tree.
-        orbax: Python values in the form in which Orbax reads them.
+        plan: how its structure is written.
+        buffers: the values of each of the plan's entries, C-contiguous, which nothing changes any more.
     """
 
     graph: ObjectGraph
-    entries: tuple[Entry, ...]
-    hosts: tuple[Array, ...]
-    places: tuple[Place, ...]
-    orbax: OrbaxValues
+    plan: Plan
+    buffers: tuple[Buffer | Borrowed, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all values."""
-        return sum(host.nbytes for host in self.hosts)
+        return sum([buffer.nbytes for buffer in self.buffers])
 
 
 class Facts(Struct, frozen=True, kw_only=True):
@@ -75,6 +72,7 @@ def write_stage(
     *,
     memory_limit: int,
     lap: Callable[[str], None],
+    progress: Callable[[int], object] | None = None,
 ) -> int:
     """Writes everything; nothing is durable or visible yet.
 
@@ -84,6 +82,7 @@ def write_stage(
         facts: what else the manifest says.
         memory_limit: bytes of host memory for copies.
         lap: called with the name of each stage when it ends.
+        progress: called now and then with the number of bytes written.
 
     Returns:
         Bytes of all files.
@@ -91,86 +90,60 @@ def write_stage(
     Raises:
         SaveError: the files could not be written.
     """
-    digests, leaves = chunk_digests(contents)
-    lap("digest")
-    located = _values(staging.path, contents, memory_limit)
-    lap("write")
-    table = build_table(
-        located, chunk_keys(contents.entries), {**_documents(contents, located), **digests}
-    ).encode()
-    files = orbax_files.files(contents.graph, contents.entries, contents.places, contents.orbax)
-    files[TABLE] = table
-    files[orbax_files.COMMIT_SUCCESS] = orbax_files.COMMIT_SUCCESS_CONTENT
-    with directory.saving(staging.target):
+    plan = contents.plan
+    orbax = orbax_values(contents.graph, plan.places)
+    scalars = [prepare(key, (), array.dtype, ()) for key, array in orbax.arrays]
+    with directory.saving(staging.target, contents.nbytes):
+        written = handler.write(
+            staging.path,
+            (*plan.items, *scalars),
+            (*contents.buffers, *(array for _, array in orbax.arrays)),
+            plan.aliases,
+            memory_limit=memory_limit,
+            progress=progress and (lambda: progress(_size_of(os.path.join(staging.path, VALUES)))),
+        )
+        lap("write")
+        table = build_table(plan.keys, written.located, written.digests, written.others).encode()
+        files = {**plan.files, **orbax_files.value_files(orbax), TABLE: table}
+        files[orbax_files.COMMIT_SUCCESS] = orbax_files.COMMIT_SUCCESS_CONTENT
         for name, data in files.items():
             _write(staging.path, name, data)
-        others = _others(staging.path)
-        manifest = Manifest(
-            graph=contents.graph,
-            metadata=facts.metadata,
-            entries=contents.entries,
-            digests=leaves,
-            files=Files(
-                sequence=facts.sequence(),
-                started=facts.started,
-                committed=time.time(),
-                step=facts.step,
-                save_counter=facts.save_counter,
-                writer=facts.writer,
-                name=os.path.basename(staging.target),
-                version=__version__,
-                metrics=facts.metrics,
-                tables={TABLE: digest(table)},
-                others=others,
-                nbytes=contents.nbytes,
-            ),
-        )
-        data = manifests.encode(manifest)
-        _write(staging.path, manifests.NAME, data)
+        data = _manifest(staging, contents, facts, written.digests, table)
+        _write(staging.path, seal.NAME, data)
         _write(staging.path, orbax_files.CHECKPOINT_METADATA, orbax_files.checkpoint_metadata(data))
-    lap("manifest")
-    return sum(size for _, size in _sizes(staging.path))
+        lap("manifest")
+        return sum(size for _, size in _sizes(staging.path))
 
 
-def chunk_digests(contents: Contents) -> tuple[dict[str, bytes], tuple[bytes, ...]]:
-    """The digest of each chunk by its key in the database, and of each entry."""
-    chunks: dict[str, bytes] = {}
-    leaves: list[bytes] = []
-    keys = iter(chunk_keys(contents.entries))
-    for entry, host in zip(contents.entries, contents.hosts, strict=True):
-        own: list[bytes] = []
-        for place in chunk_slices(entry.shape, entry.chunk_shape):
-            found = digest(_bytes(host[(*place, ...)]))
-            chunks[next(keys)] = found
-            own.append(found)
-        leaves.append(leaf_digest(own))
-    return chunks, tuple(leaves)
+def _manifest(
+    staging: directory.Staging, contents: Contents, facts: Facts, digests: Sequence[bytes], table: bytes
+) -> bytes:
+    plan = contents.plan
+    found = iter(digests)
+    leaves = [leaf_digest([next(found) for _ in item.names]) for item in plan.items]
+    graphs = plan.graphs_text or graphs_text(contents.graph, plan.entries)
+    files = Files(
+        sequence=facts.sequence(),
+        started=facts.started,
+        committed=time.time(),
+        step=facts.step,
+        save_counter=facts.save_counter,
+        writer=facts.writer,
+        name=os.path.basename(staging.target),
+        version=__version__,
+        metrics=facts.metrics,
+        tables={TABLE: digest(table)},
+        others=_others(staging.path),
+        nbytes=contents.nbytes,
+    )
+    saved = saved_text(graphs, plan.entry_texts, leaves, facts.metadata)
+    return seal.seal(saved, manifests.encode_files(files))
 
 
-def _bytes(chunk: Array) -> Array:
-    return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-
-
-def _values(path: str, contents: Contents, memory_limit: int) -> list[kv.Located]:
-    """Writes the database."""
-    arrays = [
-        kv.ArrayWrite(key=entry.key, host=host, chunk_shape=entry.chunk_shape, raw=entry.raw)
-        for entry, host in zip(contents.entries, contents.hosts, strict=True)
-    ]
-    arrays += [kv.ArrayWrite(key=key, host=array, chunk_shape=()) for key, array in contents.orbax.arrays]
-    aliases = [(entry.key, alias) for entry in contents.entries for alias in entry.alias_keys]
-    return handler.write(path, arrays, aliases=aliases, memory_limit=memory_limit)
-
-
-def _documents(contents: Contents, located: Sequence[kv.Located]) -> dict[str, bytes]:
-    """Digests of the ``.zarray`` documents that are too long to lie inside a tree node."""
-    long = {value.key for value in located if value.file is not None and value.key.endswith(".zarray")}
-    found: dict[str, bytes] = {}
-    for entry in contents.entries if long else ():
-        key = f"{prefix(entry.key)}.zarray"
-        if key in long:
-            found[key] = digest(kv.zarray(entry.shape, entry.chunk_shape, entry.dtype))
-    return found
+def _size_of(directory: str) -> int:
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        return sum(entry.stat().st_size for entry in entries)
+    return 0
 
 
 def _sizes(path: str) -> Iterator[tuple[str, int]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
-from jaxckpt.graph.model import ArrayType, NodeKind, StructureType, ValueSpec, ValueType
+from jaxckpt.graph.model import ArrayType, Edge, Node, Slot, StructureType, ValueSpec, ValueType
 
 # Integers above this many bits are written in hexadecimal: Python refuses to turn more than 4300 decimal
 # digits into an integer, because that takes quadratic time.
@@ -84,9 +85,6 @@ class StateDoc(Strict, frozen=True, gc=False):
     is_slot: bool = False
 
 
-NodeRow = tuple[str, NodeKind, str]
-EdgeRow = tuple[int, str, int]
-SlotRow = tuple[str, str, str, str]
 #: key, node, index into `specs`, index into `states` or -1, variable or None
 LeafRow = tuple[str, int, int, int, str | None]
 #: type, class, static, number of children, and for each child [name, type] or [name, type, text]
@@ -96,9 +94,9 @@ StructureRow = tuple[StructureType, str, bool, int, list[tuple[str, ...]]]
 class GraphDoc(Strict, frozen=True, gc=False):
     """`ObjectGraph`. `structure` is in preorder, a leaf being the index of it."""
 
-    nodes: list[NodeRow]
-    edges: list[EdgeRow]
-    slots: list[SlotRow]
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    slots: tuple[Slot, ...]
     leaves: list[LeafRow]
     structure: list[int | StructureRow]
     specs: list[SpecDoc]
@@ -110,12 +108,12 @@ class GraphDoc(Strict, frozen=True, gc=False):
 class EntryDoc(Strict, frozen=True, gc=False):
     """`layout.Entry` with its digest; dtype and shape are those of its leaf, `bytes` of a string."""
 
-    owner: list[int]
+    owner: tuple[int, ...]
     key: str
     digest: str
-    chunk_shape: list[int]
-    aliases: list[int] = []
-    alias_keys: list[str] = []
+    chunk_shape: tuple[int, ...]
+    aliases: tuple[int, ...] = ()
+    alias_keys: tuple[str, ...] = ()
     bytes: int | None = None
     raw: bool = False
     visible: bool = True
@@ -216,3 +214,21 @@ def unescape_text(text: str) -> str:
 def plain_text(text: str) -> str:
     """The text itself, for graphs that are not escaped."""
     return text
+
+
+def spelled_nodes(nodes: Iterable[Node], text: Callable[[str], str]) -> tuple[Node, ...]:
+    """Nodes with each text of theirs put through a function."""
+    return tuple(Node(key=text(node.key), kind=node.kind, type=text(node.type)) for node in nodes)
+
+
+def spelled_edges(edges: Iterable[Edge], text: Callable[[str], str]) -> tuple[Edge, ...]:
+    """The same for edges."""
+    return tuple(Edge(parent=edge.parent, name=text(edge.name), child=edge.child) for edge in edges)
+
+
+def spelled_slots(slots: Iterable[Slot], text: Callable[[str], str]) -> tuple[Slot, ...]:
+    """The same for slots."""
+    return tuple(
+        Slot(optimizer=text(s.optimizer), variable=text(s.variable), name=text(s.name), key=text(s.key))
+        for s in slots
+    )

@@ -7,6 +7,7 @@ be refused.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,14 @@ from typing import Any, get_args
 from jaxckpt.graph.model import (
     ArraySpec,
     CallableSpec,
-    Edge,
     IteratorSpec,
     KeyType,
     Leaf,
     LeafSpec,
     Name,
-    Node,
     ObjectGraph,
     Sharding,
     SkippedSpec,
-    Slot,
     StateField,
     Structure,
     ValueSpec,
@@ -41,6 +39,9 @@ from jaxckpt.storage.format.documents import (
     StructureRow,
     ValueDoc,
     plain_text,
+    spelled_edges,
+    spelled_nodes,
+    spelled_slots,
     text_value,
     unescape_text,
 )
@@ -122,75 +123,88 @@ def _graph(
         for i, spec in enumerate(document.specs)
     ]
     states: list[StateField | None] = [_state(state, text) for state in document.states]
-    _check_rows(document, where, problems)
+    columns: list[Any] = list(zip(*document.leaves, strict=True)) or [()] * 5
+    _check_leaves(document, columns, where, problems)
+    _check_edges(document, where, problems)
     if len(problems) > start:
         return None
     structure = _structure(document, len(document.leaves), text, where, problems)
     if structure is None:
         return None
-    keys, nodes, spec_rows, state_rows, variables = _columns(document.leaves, 5)
+    keys, nodes, spec_rows, state_rows, variables = columns
     states.append(None)  # row -1
+    edges, slots, all_nodes = document.edges, document.slots, document.nodes
     if document.escaped:
+        keys = list(map(text, keys))
         variables = [variable if variable is None else text(variable) for variable in variables]
-    leaves = tuple(
-        Leaf(key=text(key), node=node, spec=specs[spec], state=states[state], variable=variable)
+        all_nodes = spelled_nodes(all_nodes, text)
+        edges, slots = spelled_edges(edges, text), spelled_slots(slots, text)
+    leaves = [
+        Leaf(key=key, node=node, spec=specs[spec], state=states[state], variable=variable)
         for key, node, spec, state, variable in zip(
             keys, nodes, spec_rows, state_rows, variables, strict=True
         )
-    )
+    ]
     return ObjectGraph(
-        nodes=tuple(Node(key=text(key), kind=kind, type=text(type_)) for key, kind, type_ in document.nodes),
-        edges=tuple(Edge(parent=a, name=text(name), child=b) for a, name, b in document.edges),
-        slots=tuple(
-            Slot(optimizer=text(a), variable=text(b), name=text(c), key=text(d))
-            for a, b, c, d in document.slots
-        ),
-        leaves=leaves,
+        nodes=all_nodes,
+        edges=edges,
+        slots=slots,
+        leaves=tuple(leaves),
         structure=structure,
         left_out=document.left_out,
     )
 
 
-def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
-    return list(zip(*rows, strict=True)) if rows else [()] * count
-
-
-def _check_rows(document: GraphDoc, where: str, problems: Problems) -> None:
-    """That all numbers point at something, that no key stands twice, and that there is no cycle."""
+def _check_leaves(document: GraphDoc, columns: Sequence[Any], where: str, problems: Problems) -> None:
+    """That all numbers of the leaves and slots point at something, and that no key stands twice."""
     nodes, specs, states = len(document.nodes), len(document.specs), len(document.states)
     if not nodes:
         problems.append(f"{where}.nodes: there is none")
-    for i, (_, node, spec, state, _) in enumerate(document.leaves):
-        if not (0 <= node < nodes and 0 <= spec < specs and -1 <= state < states):
-            problems.append(f"{where}.leaves[{i}]: points at a node, spec or state that is not there")
-    keys = {row[0] for row in document.leaves}
+    bounds = ((columns[1], 0, nodes), (columns[2], 0, specs), (columns[3], -1, states))
+    if not all(_within(*each) for each in bounds):
+        for i, (_, node, spec, state, _) in enumerate(document.leaves):
+            if not (0 <= node < nodes and 0 <= spec < specs and -1 <= state < states):
+                problems.append(f"{where}.leaves[{i}]: points at a node, spec or state that is not there")
+    keys = set(columns[0])
     if len(keys) != len(document.leaves):
-        twice = [key for key, number in Counter(row[0] for row in document.leaves).items() if number > 1]
+        twice = [key for key, number in Counter(columns[0]).items() if number > 1]
         problems.append(f"{where}.leaves: several have the key {twice[0]!r}")
-    node_keys = {row[0] for row in document.nodes}
-    for i, (optimizer, variable, _, key) in enumerate(document.slots):
-        if optimizer not in node_keys or variable not in keys or key not in keys:
+    node_keys = {node.key for node in document.nodes} if document.slots else set[str]()
+    for i, slot in enumerate(document.slots):
+        if slot.optimizer not in node_keys or slot.variable not in keys or slot.key not in keys:
             problems.append(f"{where}.slots[{i}]: its optimizer, variable or value is not there")
     if document.left_out < 0:
         problems.append(f"{where}.left_out: is negative")
-    dangling = [i for i, (a, _, b) in enumerate(document.edges) if not (0 <= a < nodes and 0 <= b < nodes)]
-    problems += [f"{where}.edges[{i}]: joins nodes that are not there" for i in dangling]
-    if not dangling and _has_cycle(nodes, document.edges):
-        problems.append(f"{where}.edges: go round in a circle")
 
 
-def _has_cycle(nodes: int, edges: Sequence[tuple[int, str, int]]) -> bool:
+def _within(numbers: Sequence[int], low: int, stop: int) -> bool:
+    return not numbers or (min(numbers) >= low and max(numbers) < stop)
+
+
+def _check_edges(document: GraphDoc, where: str, problems: Problems) -> None:
+    """That all edges join nodes that are there, and that there is no cycle."""
+    nodes = len(document.nodes)
+    parents = [edge.parent for edge in document.edges]
+    children = [edge.child for edge in document.edges]
+    if _within(parents, 0, nodes) and _within(children, 0, nodes):
+        if not all(map(operator.lt, parents, children)) and _has_cycle(nodes, parents, children):
+            problems.append(f"{where}.edges: go round in a circle")
+        return
+    for i, (a, b) in enumerate(zip(parents, children, strict=True)):
+        if not (0 <= a < nodes and 0 <= b < nodes):
+            problems.append(f"{where}.edges[{i}]: joins nodes that are not there")
+
+
+def _has_cycle(nodes: int, parents: Sequence[int], children: Sequence[int]) -> bool:
     """Kahn: takes away nodes that nothing points at until none is left, or only cycles are."""
-    if all(parent < child for parent, _, child in edges):
-        return False
     incoming = [0] * nodes
-    children: list[list[int]] = [[] for _ in range(nodes)]
-    for parent, _, child in edges:
+    below: list[list[int]] = [[] for _ in range(nodes)]
+    for parent, child in zip(parents, children, strict=True):
         incoming[child] += 1
-        children[parent].append(child)
+        below[parent].append(child)
     free = [node for node in range(nodes) if not incoming[node]]
     for node in free:
-        for child in children[node]:
+        for child in below[node]:
             incoming[child] -= 1
             if not incoming[child]:
                 free.append(child)  # the list is the queue
@@ -279,18 +293,18 @@ def _structure(
     document: GraphDoc, leaves: int, text: Text, where: str, problems: Problems
 ) -> Structure | None:
     """Builds the tree bottom up from its preorder: from the last row back, children stand on the stack."""
-    order = [row for row in document.structure if isinstance(row, int)]
+    rows = document.structure
+    order = [row for row in rows if type(row) is int]
     if order != list(range(leaves)):
         problems.append(f"{where}.structure: does not hold each of the {leaves} leaves once, in order")
         return None
-    positions = tuple(Structure(type="leaf", leaf=leaf) for leaf in order)
     known: dict[tuple[str, ...], Name] = {}
     stack: list[Structure] = []
     heights: list[int] = []
-    for i in range(len(document.structure) - 1, -1, -1):
-        row = document.structure[i]
+    for i in range(len(rows) - 1, -1, -1):
+        row = rows[i]
         if isinstance(row, int):
-            stack.append(positions[row])
+            stack.append(Structure(type="leaf", leaf=row))
             heights.append(0)
             continue
         count, start = row[3], len(stack) - row[3]
@@ -312,17 +326,18 @@ def _container(
 ) -> Structure | None:
     """A container of its children, which come last first; None if they do not fit its names."""
     type_, cls, static, count, rows = row
-    names = [name for parts in rows if (name := known.get(parts) or _name(parts, text, known))]
-    if type_ == "leaf" or (type_ == "none" and count) or not len(names) == count == len(rows):
+    if type_ == "leaf" or (type_ == "none" and count) or len(rows) != count:
         return None
+    names: list[Name] = []
+    for parts in rows:
+        name = known.get(parts)
+        if name is None:
+            if len(parts) not in (2, 3) or parts[1] not in _KEY_TYPES:
+                return None
+            type_name: Any = parts[1]
+            name = known[parts] = Name(
+                name=text(parts[0]), type=type_name, text=text(parts[-1 if len(parts) == 3 else 0])
+            )
+        names.append(name)
     children.reverse()
     return Structure(type=type_, cls=text(cls), static=static, names=tuple(names), children=tuple(children))
-
-
-def _name(parts: tuple[str, ...], text: Text, known: dict[tuple[str, ...], Name]) -> Name | None:
-    if len(parts) not in (2, 3) or parts[1] not in _KEY_TYPES:
-        return None
-    type_: Any = parts[1]
-    shown = text(parts[2] if len(parts) == 3 else parts[0])
-    name = known[parts] = Name(name=text(parts[0]), type=type_, text=shown)
-    return name

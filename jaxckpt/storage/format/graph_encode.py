@@ -31,6 +31,9 @@ from jaxckpt.storage.format.documents import (
     ValueDoc,
     escape_text,
     plain_text,
+    spelled_edges,
+    spelled_nodes,
+    spelled_slots,
     value_text,
 )
 
@@ -95,18 +98,19 @@ def _document(
                 leaf.variable if leaf.variable is None else text(leaf.variable),
             )
         )
+    plain = text is plain_text
     document = GraphDoc(
-        nodes=[(text(node.key), node.kind, text(node.type)) for node in graph.nodes],
-        edges=[(edge.parent, text(edge.name), edge.child) for edge in graph.edges],
-        slots=[(text(s.optimizer), text(s.variable), text(s.name), text(s.key)) for s in graph.slots],
+        nodes=graph.nodes if plain else spelled_nodes(graph.nodes, text),
+        edges=graph.edges if plain else spelled_edges(graph.edges, text),
+        slots=graph.slots if plain else spelled_slots(graph.slots, text),
         leaves=leaves,
         structure=_structure_rows(graph.structure, text),
         specs=spec_docs,
         states=[_state_document(state, text) for state in states],
         left_out=graph.left_out,
-        escaped=text is escape_text,
+        escaped=not plain,
     )
-    if text is plain_text:
+    if plain:
         _check_text(document)
     return document
 

@@ -7,7 +7,6 @@ Their forms are Orbax 0.12.8's: `_src/metadata/tree.py` (``_METADATA``), `array_
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,24 +41,24 @@ class _Manifest(msgspec.Struct):
     files: _Times
 
 
-def files(
-    graph: ObjectGraph, entries: Sequence[Entry], visible: Sequence[Place], values: OrbaxValues
-) -> dict[str, bytes]:
-    """The files that depend on the tree alone, by name: ``_METADATA`` and, where needed, the others.
+def files(graph: ObjectGraph, entries: Sequence[Entry], visible: Sequence[Place]) -> dict[str, bytes]:
+    """The files that depend on the structure alone, by name: ``_METADATA`` and, where needed, the keys' one.
 
     Args:
         graph: what is saved.
         entries: `layout.layout` of it.
         visible: `spelling.places` of it.
-        values: `layout.orbax_values` of it.
     """
     found = {METADATA: tree_metadata(visible)}
     arrays = array_metadatas(graph, entries, visible)
     if arrays is not None:
         found[ARRAY_METADATAS] = arrays
-    if values.strings:
-        found[STRINGS] = _json(dict(values.strings))
     return found
+
+
+def value_files(values: OrbaxValues) -> dict[str, bytes]:
+    """The file that depends on the values: ``_strings.json``, where there is a string."""
+    return {STRINGS: _json(dict(values.strings))} if values.strings else {}
 
 
 def tree_metadata(visible: Sequence[Place]) -> bytes:
@@ -140,4 +139,4 @@ def is_ours(names: Collection[str], checkpoint_metadata: bytes | None) -> bool:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return msgspec.json.encode(value)

@@ -134,13 +134,19 @@ def _type(leaf: Leaf, key: str) -> str | None:
         # Everything is "np.ndarray": that opens on any devices and keeps 64 bits. A "jax.Array" without a
         # target asks for the devices it was saved on.
         return "np.ndarray" if fits else None
-    if isinstance(spec, ValueSpec):
-        value = spec.value
-        if spec.type == "str":
-            # The strings' file is read through a JSON pointer, in which `/` and `~` mean something.
-            plain = isinstance(value, str) and _is_text(value) and "/" not in key and "~" not in key
-            return "string" if plain else None
-        if spec.type == "int":
-            return "scalar" if isinstance(value, int) and -(1 << 63) <= value < 1 << 64 else None
-        return "scalar" if spec.type in ("float", "bool", "complex") else None
-    return None
+    if not isinstance(spec, ValueSpec) or not fits_orbax(spec):
+        return None
+    if spec.type != "str":
+        return "scalar"
+    # The strings' file is read through a JSON pointer, in which `/` and `~` mean something.
+    return "string" if "/" not in key and "~" not in key else None
+
+
+def fits_orbax(spec: ValueSpec) -> bool:
+    """Whether Orbax can hold a Python value, where its key is one that Orbax can read."""
+    value = spec.value
+    if spec.type == "str":
+        return isinstance(value, str) and _is_text(value)
+    if spec.type == "int":
+        return isinstance(value, int) and -(1 << 63) <= value < 1 << 64
+    return spec.type in ("float", "bool", "complex")

@@ -17,9 +17,9 @@ from jaxckpt.storage.chunks import chunk_names, chunk_slices
 from jaxckpt.storage.format.dtypes import ORBAX_DTYPES, numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from jaxckpt.storage.chunks import LocatedValue, Shape
+    from jaxckpt.storage.chunks import Located, Shape
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,14 +61,15 @@ def zarray(shape: Sequence[int], chunk_shape: Sequence[int], dtype_name: str) ->
 class ZarrReader:
     """Reads arrays of one database; open files are closed by `close`."""
 
-    def __init__(self, directory: str, located: Mapping[str, LocatedValue]) -> None:
+    def __init__(self, directory: str, located: Located) -> None:
         self._directory = directory
         self._located = located
+        self._rows = {key.decode("utf-8", "surrogateescape"): i for i, key in enumerate(located.keys)}
         self._files: dict[str, int] = {}
 
     def spec(self, name: str) -> tuple[Shape, Shape, np.dtype[Any]] | None:
         """Shape, chunk shape and dtype of an array whose chunks are its plain bytes; None for any other."""
-        document = self._located.get(f"{name}/.zarray" if name else ".zarray")
+        document = self._rows.get(f"{name}/.zarray" if name else ".zarray")
         if document is None:
             return None
         try:
@@ -90,10 +91,10 @@ class ZarrReader:
         size = math.prod(chunk_shape) * dtype.itemsize
         places = zip(chunk_names(shape, chunk_shape), chunk_slices(shape, chunk_shape), strict=True)
         for chunk, slices in places:
-            value = self._located.get(prefix + chunk)
-            if value is None or value.length != size:
+            row = self._rows.get(prefix + chunk)
+            if row is None or self._located.length[row] != size:
                 return None
-            data = np.frombuffer(self._value(value), dtype)
+            data = np.frombuffer(self._value(row), dtype)
             if data.size != math.prod(chunk_shape):
                 return None
             result[slices] = data.reshape(chunk_shape)
@@ -104,11 +105,14 @@ class ZarrReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _value(self, value: LocatedValue) -> bytes:
-        if value.file is None:
-            return value.inline or b""
-        descriptor = self._files.get(value.file)
+    def _value(self, row: int) -> bytes:
+        located = self._located
+        inline = located.inline[row]
+        if inline is not None:
+            return inline
+        name = located.files[located.file[row]]
+        descriptor = self._files.get(name)
         if descriptor is None:
-            path = os.path.join(self._directory, value.file)
-            descriptor = self._files[value.file] = os.open(path, os.O_RDONLY)
-        return os.pread(descriptor, value.length, value.offset)
+            path = os.path.join(self._directory, name)
+            descriptor = self._files[name] = os.open(path, os.O_RDONLY)
+        return os.pread(descriptor, located.length[row], located.offset[row])
