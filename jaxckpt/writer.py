@@ -1,22 +1,22 @@
 """The background writer: one save writes, one waits, commits come in order, no exit loses one.
 
-Each save has a thread of its own that is not a daemon, started before the call returns: leaving main,
-`sys.exit` and an uncaught exception all wait for it (`threading._shutdown` joins such threads), and
-nothing has to start a thread while the interpreter shuts down, which Python 3.12 refuses.
+Each save has a thread of its own that is not a daemon, started before the call returns. Where no thread can
+be had (the interpreter is shutting down), or nobody would wait for it (an exit handler, or a daemon thread
+that outlives the main one, is saving), the call itself does the work.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import sys
 import threading
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
+from jaxckpt.errors import SaveError
+from jaxckpt.exits import guard, in_main_thread, main_has_ended, tell_of_failures
 from jaxckpt.report import SaveReport
 
 
@@ -54,18 +54,26 @@ class SaveFuture(Future[SaveReport]):
         return False
 
 
-@dataclass(slots=True)
+Work = Callable[[], SaveReport]
+_LINGER_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
     future: SaveFuture
-    copied: int
-    before: _Job | None
-    done: threading.Event
+    work: Work | None  # until it has begun, or was dropped
+    held: int
 
 
 class Writer:
-    """Runs saves in order, at most two at a time in the system: one that writes and one that waits."""
+    """Runs saves in order, at most two at a time in the system: one that writes and one that waits.
 
-    def __init__(self) -> None:
+    Args:
+        on_first: called with the writer at its first save.
+    """
+
+    def __init__(self, on_first: Callable[[Writer], object] | None = None) -> None:
+        self._on_first = on_first
         self.reset()
 
     def reset(self) -> None:
@@ -74,69 +82,121 @@ class Writer:
         self._turn = threading.Lock()
         self._jobs: list[_Job] = []
         self._failed: list[SaveFuture] = []
+        self._closed = False
 
     @property
     def busy(self) -> bool:
         """Whether a save of this process is under way."""
         return bool(self._jobs)
 
+    def under_way(self) -> tuple[SaveFuture, ...]:
+        """The saves of this process that have their snapshot and have not ended."""
+        with self._changed:
+            return tuple(job.future for job in self._jobs)
+
+    def wait(self, saves: Sequence[SaveFuture], timeout: float) -> bool:
+        """Returns when none of these is under way, or after so many seconds: whether none is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(job.future in saves for job in self._jobs), timeout)
+
+    def close(self) -> None:
+        """No other thread than the main one begins a save any more, and what fails there is told at once."""
+        with self._changed:
+            self._closed = True
+
     def submit(
         self,
         path: str,
-        copies: int,
+        nbytes: int,
         memory_limit: int,
-        snapshot: Callable[[], tuple[Callable[[], SaveReport], int]],
+        snapshot: Callable[[], tuple[Work, int]],
     ) -> SaveFuture:
         """Waits for room, takes the snapshot, starts the thread.
 
         Args:
             path: for messages.
-            copies: bytes of host copies that the snapshot is expected to make.
-            memory_limit: while copies of an earlier save are held, both must fit in this many bytes.
-            snapshot: called here, in the caller's thread; returns the rest of the work and the bytes
-                that it holds.
+            nbytes: of host memory that the snapshot is expected to hold on to.
+            memory_limit: while an earlier save holds memory, both must fit in this many bytes.
+            snapshot: called here, in the caller's thread; returns the rest of the work and the bytes of host
+                memory that it holds: copies, and views too, which keep alive what the program gives up.
         """
+        if self._on_first is not None:
+            on_first, self._on_first = self._on_first, None
+            on_first(self)
         future = SaveFuture(path)
         with self._turn:  # callers that wait are served in order
             with self._changed:
-                self._changed.wait_for(lambda: self._has_room(copies, memory_limit))
-            work, held = snapshot()
-            job = _Job(future, held, self._jobs[-1] if self._jobs else None, threading.Event())
-            with self._changed:
-                self._jobs.append(job)
-            thread = threading.Thread(
-                target=self._run, args=(job, work), name=f"jaxckpt: {os.path.basename(path)}", daemon=False
-            )
-            del work
-            try:
-                thread.start()
-            except BaseException:
-                self._finish(job)
-                raise
+                self._changed.wait_for(lambda: self._has_room(nbytes, memory_limit))
+            begun = self._begin(_Job(future, *snapshot()))
+        if not begun:
+            # As every thread that goes on while the interpreter ends, this one is about to be stopped: no
+            # traceback of it need be seen. Unless an exit handler waits for it.
+            time.sleep(_LINGER_SECONDS)
+            raise SaveError(f"{path} is not saved: the program has ended, but for this thread")
         return future
 
-    def wait(self) -> None:
-        """Returns when nothing is under way."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._jobs)
+    def fail(self, path: str, error: Exception) -> SaveFuture:
+        """A failure beside a save, told in the end like that of one."""
+        future = SaveFuture(path)
+        future.set_exception(error)
+        self._note(future)
+        return future
 
-    def _has_room(self, copies: int, memory_limit: int) -> bool:
-        held = sum(job.copied for job in self._jobs)
-        fits = not copies or not held or held + copies <= memory_limit
+    def unseen(self) -> list[SaveFuture]:
+        """Failed saves whose failure nobody has looked at."""
+        return [future for future in self._failed if not future.seen]
+
+    def _has_room(self, nbytes: int, memory_limit: int) -> bool:
+        held = sum(job.held for job in self._jobs)
+        fits = not nbytes or not held or held + nbytes <= memory_limit
         return not self._jobs or (len(self._jobs) < 2 and fits)
 
-    def _run(self, job: _Job, work: Callable[[], SaveReport]) -> None:
-        if job.before is not None:
-            job.before.done.wait()
-            job.before = None
+    def _begin(self, job: _Job) -> bool:
+        """Starts a save, or makes it; False when it is too late for that."""
+        thread = threading.Thread(
+            target=self._run, args=(job,), name=f"jaxckpt: {os.path.basename(job.future.path)}", daemon=False
+        )
+        here = main_has_ended() and (in_main_thread() or threading.current_thread().daemon)
+        try:
+            with self._changed:
+                if self._closed and not in_main_thread():
+                    return False
+                self._jobs.append(job)
+            if not here:
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is shutting down, or the system has no more of them
+                    here = True
+            if here:
+                self._run(job, here=True)
+        except BaseException:  # a Ctrl-C: the call fails, and so does its save, unless that has begun
+            with self._changed:
+                begun, job.work = job.work is None, None
+            if not begun:
+                self._finish(job)
+            raise
+        return True
+
+    def _run(self, job: _Job, *, here: bool = False) -> None:
+        with self._changed:
+            work, job.work = job.work, None
+        if work is None:
+            return
         job.future.set_running_or_notify_cancel()
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs[0] is job)
             report = work()
         except BaseException as error:
             del work
-            self._failed.append(job.future)
+            _let_go_of_locals(error)
+            self._note(job.future)
             self._finish(job)
             job.future.set_exception(error)
+            if self._closed and in_main_thread():
+                tell_of_failures(self)  # nobody else will
+            if here and not isinstance(error, Exception):
+                raise
         else:
             del work  # lets go of the host copies before anyone is told that there is room
             self._finish(job)
@@ -144,46 +204,24 @@ class Writer:
 
     def _finish(self, job: _Job) -> None:
         with self._changed:
-            self._jobs.remove(job)
-            job.done.set()
+            if job in self._jobs:
+                self._jobs.remove(job)
             self._changed.notify_all()
 
-    def unseen(self) -> list[SaveFuture]:
-        """Failed saves whose failure nobody has looked at."""
-        self._failed = [future for future in self._failed if not future.seen]
-        return self._failed
+    def _note(self, failed: SaveFuture) -> None:
+        with self._changed:
+            self._failed = [*self.unseen(), failed]
 
 
-writer = Writer()
+def _let_go_of_locals(error: BaseException | None) -> None:
+    """Frees the values that a failed save held: whoever keeps the error keeps its lines, not its memory."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
-def _report_at_exit() -> None:
-    # Threads that are no daemons have ended by now. An exit handler cannot set the exit code, so a
-    # failure that nobody saw ends the process here, after the handlers that are still to come.
-    if writer.busy:  # the wait for the threads was interrupted
-        print("jaxckpt: interrupted: the save that was under way is given up", file=sys.stderr)
-        _end(130)
-    failed = writer.unseen()
-    if not failed:
-        return
-    for future in failed:
-        print(f"jaxckpt: saving {future.path} failed: {Future.exception(future)}", file=sys.stderr)
-    _end(1)
-
-
-def _end(code: int) -> NoReturn:
-    """Ends the process with this code, after the exit handlers that are still to come."""
-    atexit.unregister(_report_at_exit)
-    _run_exit_handlers()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed: there is nobody left to tell
-            stream.flush()
-    os._exit(code)
-
-
-def _run_exit_handlers() -> Any:
-    return atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
-
-
-atexit.register(_report_at_exit)
-os.register_at_fork(after_in_child=writer.reset)
+writer = Writer(guard)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=writer.reset)

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from jaxckpt.errors import CheckpointExistsError, SaveError, UnsupportedFormatError
-from jaxckpt.storage import directory, exchange, process
-from jaxckpt.storage.directory import Staging, commit, discard, remove, replace_file, stage, sweep, write_file
+from jaxckpt.storage import directory, exchange, hidden, process
+from jaxckpt.storage.directory import Staging, abandon, commit, replace_file, stage, sweep, write_file
 
 
 def fill(staging, text="new"):
@@ -55,7 +55,7 @@ def test_a_path_that_is_taken_is_kept(tmp_path):
     with pytest.raises(CheckpointExistsError, match="overwrite=True"):
         commit(staging)
     assert read(target) == "old"
-    discard(staging)
+    abandon(staging)
     assert os.listdir(tmp_path) == ["c"]
     (tmp_path / "empty").mkdir()  # a plain rename would replace it
     staging = fill(stage(str(tmp_path / "empty")))
@@ -73,7 +73,7 @@ def test_overwriting_exchanges_and_then_removes(tmp_path, monkeypatch):
     commit(fill(stage(str(tmp_path / "fresh"))), overwrite=True)  # nothing there: an ordinary commit
     assert read(tmp_path / "fresh") == "new"
     staging = fill(stage(str(target)), "newer")
-    monkeypatch.setattr(directory, "discard", lambda staging: None)  # killed just after the exchange
+    monkeypatch.setattr(directory, "remove_tree", lambda path: None)  # killed just after the exchange
     commit(staging, overwrite=True)
     assert read(target) == "newer"
     assert sorted(os.listdir(tmp_path)) == sorted(["c", "fresh", os.path.basename(staging.path)])
@@ -163,9 +163,9 @@ def test_long_and_strange_names_fit(tmp_path):
     for name in ("x" * 250, "é" * 120, "-tmp-", "a b\n"):
         commit(fill(stage(str(tmp_path / name))))
         staging = stage(str(tmp_path / name))
-        assert directory._NAME.fullmatch(os.path.basename(staging.path).replace("\n", " "))
+        assert hidden._NAME.fullmatch(os.path.basename(staging.path).replace("\n", " "))
         assert len(os.fsencode(os.path.basename(staging.path))) <= 255
-        discard(staging)
+        abandon(staging)
 
 
 CRASH = """
@@ -194,7 +194,7 @@ def test_leftovers_of_dead_processes_are_swept_and_nothing_else(tmp_path):
     left, living = dead.stdout.readline().strip(), alive.stdout.readline().strip()
     dead.communicate()
     mine = stage(str(tmp_path / "ckpt-3"))
-    elsewhere = os.path.basename(left).replace(directory._boot_token(process.current()), "0" * 16)
+    elsewhere = os.path.basename(left).replace(hidden._boot_token(process.current()), "0" * 16)
     (tmp_path / elsewhere).mkdir()  # of another host: nobody knows
     foreign = [
         ".ckpt-1.tmp-123",
@@ -216,7 +216,7 @@ def test_leftovers_of_dead_processes_are_swept_and_nothing_else(tmp_path):
     finally:
         alive.communicate("")
     assert sweep(str(tmp_path)) == [os.path.basename(living)]
-    old = time.time() - 3 * directory.QUIET_SECONDS
+    old = time.time() - 3 * hidden.QUIET_SECONDS
     os.utime(tmp_path / elsewhere, (old, old))
     assert sweep(str(tmp_path)) == [elsewhere]
     assert sweep(str(tmp_path / "absent")) == []
@@ -230,20 +230,6 @@ def test_a_zombie_is_dead(tmp_path):
         time.sleep(0.02)
     assert sweep(str(tmp_path)) == [os.path.basename(left)]  # it ended, and nobody has waited for it
     child.communicate()
-
-
-def test_removing_hides_first(tmp_path, monkeypatch):
-    commit(fill(stage(str(tmp_path / "c"))))
-    monkeypatch.setattr(directory, "_remove", lambda path: None)  # killed half-way
-    remove(str(tmp_path / "c"))
-    (name,) = os.listdir(tmp_path)
-    assert directory.is_hidden(name)
-    monkeypatch.undo()
-    commit(fill(stage(str(tmp_path / "c"))))
-    remove(str(tmp_path / "c"))
-    assert os.listdir(tmp_path) == [name]
-    with pytest.raises(FileNotFoundError):
-        remove(str(tmp_path / "c"))
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
@@ -264,7 +250,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_discarding_what_is_gone_is_no_error(tmp_path):
-    discard(Staging(path=str(tmp_path / "gone"), target="x"))
+    abandon(Staging(path=str(tmp_path / "gone"), target="x"))
 
 
 # processes

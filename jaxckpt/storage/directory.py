@@ -1,19 +1,15 @@
 """Staging, committing and sweeping directories: the only place where checkpoints appear and disappear.
 
-A checkpoint is written into a hidden directory beside its path and becomes visible by one rename. The name of
-that directory says which process made it, so that only leftovers of dead ones are ever swept.
+A checkpoint is written into a hidden directory beside its path (`hidden`) and becomes visible by one rename.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import re
-import secrets
-import shutil
 import stat
+import threading
 import time
 from functools import cache
 from typing import TYPE_CHECKING
@@ -21,22 +17,26 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from jaxckpt.errors import CheckpointExistsError, SaveError, UnsupportedFormatError
-from jaxckpt.storage import process
 from jaxckpt.storage.exchange import exchange, rename_new
-from jaxckpt.storage.process import ProcessId
+from jaxckpt.storage.hidden import MARK, remove_tree, temporary
+from jaxckpt.storage.hidden import is_hidden as is_hidden
+from jaxckpt.storage.hidden import sweep as sweep
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-_MARK = "jaxckpt-tmp"
-# .<name>.jaxckpt-tmp-<host>-<token of the boot>-<pid>-<start>-<random>
-_NAME = re.compile(
-    rf"\..*\.{_MARK}-(?P<host>[\w.]*)-(?P<boot>[0-9a-f]{{16}})-(?P<pid>\d{{1,10}})-(?P<start>[\d.]*)-[0-9a-f]{{12}}"
-)
-#: After how long without any change a leftover is swept whose process cannot be looked at (another host).
-QUIET_SECONDS = 24 * 3600.0
+# How long a failed save waits for what it has begun to write.
+_PATIENCE = 10.0
+_GIVE_UP_SECONDS = 2.0
 # One of these is in every checkpoint that `overwrite` may replace.
 _SIGNS = ("graph.json", "_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "commit_success.txt")
+
+# Of this process: staging directories in use, each with a handle by which to know it; those that were
+# abandoned; whether all of it is given up, which no commit may follow.
+_live: dict[str, int] = {}
+_left: set[str] = set()
+_given_up = False
+_renaming = threading.Lock()
 
 
 class Staging(Struct, frozen=True, kw_only=True):
@@ -52,31 +52,41 @@ class Staging(Struct, frozen=True, kw_only=True):
 
 
 @contextlib.contextmanager
-def saving(path: str) -> Generator[None]:
-    """Turns what the operating system refuses into a `SaveError` that names the path and the cause."""
+def saving(path: str, nbytes: int | None = None) -> Generator[None]:
+    """Turns what the operating system refuses into a `SaveError` that says what it was, and what to do.
+
+    Args:
+        path: the checkpoint.
+        nbytes: how many bytes it is to have, where that is known.
+    """
     try:
         yield
-    except (SaveError, CheckpointExistsError):
+    except CheckpointExistsError:
         raise
     except OSError as error:
-        where = f" ({error.filename})" if error.filename and str(error.filename) != path else ""
+        if isinstance(error, SaveError) and path in str(error):
+            raise
+        name = str(error.filename or path)
+        where = f" ({name})" if name != path and MARK not in name else ""
+        wanted = "" if nbytes is None else f" (it takes {nbytes:,} bytes)"
         remedy = _REMEDIES.get(error.errno or 0, "")
-        failure = SaveError(f"{path} could not be written: {error.strerror or error}{where}{remedy}")
+        cause = error.strerror or (os.strerror(error.errno) if error.errno else error)
+        failure = SaveError(f"{path} could not be written: {cause}{where}{wanted}{remedy}")
         failure.errno = error.errno
         raise failure from error
 
 
+_MAY_WRITE = ". Choose a directory that you may write to"
 _REMEDIES = {
     errno.ENOSPC: ". Free some space, or keep fewer checkpoints (`max_to_keep`)",
     errno.EDQUOT: ". Free some of your quota, or keep fewer checkpoints (`max_to_keep`)",
-    errno.EACCES: ". Choose a directory that you may write to",
-    errno.EROFS: ". Choose a directory that you may write to",
+    errno.EFBIG: ". Raise the limit on the size of files (`ulimit -f`)",
+    errno.EMFILE: ". Raise the limit on open files (`ulimit -n`)",
+    errno.ENOENT: ". Was the directory removed meanwhile? The next save makes it anew",
+    errno.EACCES: _MAY_WRITE,
+    errno.EPERM: _MAY_WRITE,
+    errno.EROFS: _MAY_WRITE,
 }
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a name is never that of a checkpoint."""
-    return name.startswith(".")
 
 
 def check(path: str, *, overwrite: bool) -> None:
@@ -105,104 +115,150 @@ def check(path: str, *, overwrite: bool) -> None:
         )
 
 
-def stage(path: str) -> Staging:
+def stage(path: str, nbytes: int | None = None) -> Staging:
     """Makes an empty hidden directory beside `path`, and the directories above it where they are missing.
+
+    Args:
+        path: of the checkpoint.
+        nbytes: as of `saving`.
 
     Raises:
         SaveError: the file system refuses.
     """
     path = os.path.abspath(path)
-    with saving(path):
+    remove_left()
+    with saving(path, nbytes):
         parent = os.path.dirname(path)
         _make_directories(parent)
-        staging = Staging(path=_temporary(path), target=path)
-        os.mkdir(staging.path)  # its mode follows the umask; `mkdtemp` would make it 0700
+        staging = Staging(path=temporary(path), target=path)
+        with _renaming:
+            _refuse_given_up()
+            os.mkdir(staging.path)  # its mode follows the umask; `mkdtemp` would make it 0700
+            _live[staging.path] = os.open(staging.path, os.O_RDONLY)
     return staging
 
 
-def commit(staging: Staging, *, overwrite: bool = False) -> None:
+def commit(staging: Staging, *, overwrite: bool = False, nbytes: int | None = None) -> None:
     """Makes a staged checkpoint durable, then visible, then that durable.
 
     Files and directories are synced, then one rename (or exchange) puts the checkpoint at its path. Before
     that line no reader can see it; when this returns a power cut cannot undo it. What was replaced is removed
     afterwards, and a crash meanwhile leaves it to `sweep`.
 
+    Args:
+        staging: what `stage` has made, and somebody has filled.
+        overwrite: whether a checkpoint that is there is replaced.
+        nbytes: of all files; checked where it is given.
+
     Raises:
         CheckpointExistsError: somebody else has taken the path meanwhile.
-        SaveError: the file system refuses; the staging directory is still there, for `discard`.
+        SaveError: the file system refuses, or somebody has removed files meanwhile; the staging directory is
+            still there, for `abandon`.
     """
-    with saving(staging.target):
-        sync_tree(staging.path)
-        replaced = False
-        try:
-            rename_new(staging.path, staging.target)  # <- the commit
-        except FileExistsError as error:
-            if not overwrite:
-                message = (
-                    f"{staging.target} exists: choose another path, or pass overwrite=True to replace it"
-                )
-                raise CheckpointExistsError(message) from error
-            try:
-                exchange(staging.path, staging.target)  # <- the commit
-            except NotImplementedError as refusal:
-                raise SaveError(f"{staging.target} exists and cannot be replaced: {refusal}") from refusal
-            replaced = True
+    with saving(staging.target, nbytes):
+        found = sync_tree(staging.path)
+        with _renaming:
+            _refuse_given_up()
+            if not _is_whole(staging) or (nbytes is not None and found != nbytes):
+                raise FileNotFoundError(errno.ENOENT, "files of it were removed meanwhile", staging.target)
+            replaced = _put_in_place(staging, overwrite=overwrite)
         sync_directory(os.path.dirname(staging.target))
     if replaced:
-        discard(staging)
+        remove_tree(staging.path)
+    _forget(staging)
 
 
-def discard(staging: Staging) -> None:
-    """Removes a staging directory, as far as it can be; what is left is swept later."""
-    _remove(staging.path)
+def _is_whole(staging: Staging) -> bool:
+    """Whether the directory is the one that was made: storage makes anew what somebody removes."""
+    handle = _live.get(staging.path)
+    return handle is None or os.path.samestat(os.fstat(handle), os.stat(staging.path))
+
+
+def _put_in_place(staging: Staging, *, overwrite: bool) -> bool:
+    """Returns whether the staging directory now holds what was there before."""
+    try:
+        rename_new(staging.path, staging.target)  # <- the commit
+        return False
+    except FileExistsError as error:
+        if not overwrite:
+            message = f"{staging.target} exists: choose another path, or pass overwrite=True to replace it"
+            raise CheckpointExistsError(message) from error
+    try:
+        exchange(staging.path, staging.target)  # <- the commit
+    except NotImplementedError as refusal:
+        raise SaveError(f"{staging.target} exists and cannot be replaced: {refusal}") from refusal
+    return True
 
 
 def abandon(staging: Staging) -> None:
-    """`discard`, of a save that failed: other writes of its database may still be under way, and make anew
-    directories that were removed.
-    """  # noqa: D205
-    for pause in (0.0, 0.01, 0.05):
-        time.sleep(pause)
-        _remove(staging.path)
+    """Removes a staging directory after a failure.
 
-
-def remove(path: str) -> None:
-    """Deletes a checkpoint: it is gone at once, and never half there.
-
-    Raises:
-        OSError: the file system refuses; the checkpoint is still whole.
+    A write that has failed has others beside it, of which storage does not say when they end. Each makes its
+    file anew, with the directories above, so that this waits for them: until nothing appears there any more,
+    but `_PATIENCE` at the most. What comes later is removed by the next `stage`, at the exit, or by `sweep`.
     """
-    path = os.path.abspath(path)
-    hidden = _temporary(path)
-    os.rename(path, hidden)
-    sync_directory(os.path.dirname(path))
-    _remove(hidden)
+    until = time.monotonic() + _PATIENCE
+    quiet = 0  # looks in a row between which nothing has happened
+    while quiet < 3 and time.monotonic() < until:
+        before, writing = os.path.lexists(staging.path), _writes_below(staging.path)
+        remove_tree(staging.path)
+        quiet = 0 if writing or before != os.path.lexists(staging.path) else quiet + 1
+        time.sleep(0.01)
+    _left.add(staging.path)
+    _forget(staging)
 
 
-def sweep(directory: str, *, quiet_seconds: float = QUIET_SECONDS) -> list[str]:
-    """Removes what dead processes have left in a directory, and nothing else.
+def remove_left() -> None:
+    """Looks again at what was abandoned."""
+    while _left:
+        remove_tree(_left.pop())
 
-    A leftover whose process lives is never touched. Where that cannot be told (another host, another boot) it
-    goes when nothing in it has changed for `quiet_seconds`, by the file system's own clock.
+
+def give_up() -> bool:
+    """Makes every save of this process fail from now on, and removes what there is of them.
 
     Returns:
-        The names removed.
+        Whether nothing is left.
     """
-    removed: list[str] = []
+    global _given_up
+    _given_up = True
+    until = time.monotonic() + _GIVE_UP_SECONDS
+    if not _renaming.acquire(timeout=_GIVE_UP_SECONDS):
+        return False  # a rename that does not end may yet have made a checkpoint of it
+    _renaming.release()
+    while True:
+        paths = list(_live)
+        for path in paths:
+            remove_tree(path)
+        if not paths or time.monotonic() > until:
+            return not any(map(os.path.lexists, paths))
+        time.sleep(0.01)
+
+
+def _refuse_given_up() -> None:
+    if _given_up:
+        raise SaveError("this save was given up (Ctrl-C at the end of the program)")
+
+
+def _forget(staging: Staging) -> None:
+    handle = _live.pop(staging.path, None)
+    if handle is not None:
+        os.close(handle)
+
+
+def _writes_below(path: str) -> bool:
+    """Whether this process has files in a directory open, removed ones too; on Linux, which tells."""
+    parent, name = os.path.split(path)
+    below = os.path.join(os.path.realpath(parent), name, "")
     try:
-        names = sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return removed
-    found = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
-    now = _clock(directory) if found else 0.0
-    for name, match in found:
-        path = os.path.join(directory, name)
-        alive = _owner_alive(match)
-        if alive is False or (alive is None and now - _last_change(path) > quiet_seconds):
-            _remove(path)
-            if not os.path.lexists(path):
-                removed.append(name)
-    return removed
+        handles = os.listdir("/proc/self/fd")
+    except OSError:
+        return False
+    for handle in handles:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{handle}").startswith(below):
+                return True
+    return False
 
 
 def can_exchange(directory: str) -> bool:
@@ -216,7 +272,7 @@ def can_exchange(directory: str) -> bool:
 @cache
 def _can_exchange(device: int, directory: str) -> bool:
     del device  # the same path can be another file system later
-    first, second = (_temporary(os.path.join(directory, f"probe{i}")) for i in (1, 2))
+    first, second = (temporary(os.path.join(directory, f"probe{i}")) for i in (1, 2))
     try:
         os.mkdir(first)
         os.mkdir(second)
@@ -240,29 +296,33 @@ def write_file(path: str, data: bytes) -> None:
 
 def replace_file(path: str, data: bytes) -> None:
     """Writes a file so that every reader sees all of the old or all of the new one, durably."""
-    temporary = _temporary(os.path.abspath(path))
+    new = temporary(os.path.abspath(path))
     try:
-        write_file(temporary, data)
-        os.replace(temporary, path)
+        write_file(new, data)
+        os.replace(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            os.unlink(new)
         raise
     sync_directory(os.path.dirname(os.path.abspath(path)))
 
 
-def sync_tree(directory: str) -> None:
-    """Makes all files of a tree durable, then the directories, the innermost first."""
+def sync_tree(directory: str) -> int:
+    """Makes all files of a tree durable, then the directories, the innermost first; returns their bytes."""
+    nbytes = 0
     for parent, _, files in os.walk(directory, topdown=False):
         for name in files:
             path = os.path.join(parent, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode):
+                nbytes += status.st_size
                 handle = os.open(path, os.O_RDONLY)
                 try:
                     _sync(handle)
                 finally:
                     os.close(handle)
         sync_directory(parent)
+    return nbytes
 
 
 def sync_directory(directory: str) -> None:
@@ -303,54 +363,15 @@ def _make_directories(path: str) -> None:
         sync_directory(parent)
 
 
-def _temporary(path: str) -> str:
-    """A hidden path beside `path` that names this process; at most 255 bytes long."""
-    parent, name = os.path.split(path)
-    owner = process.current()
-    host = re.sub(r"[^0-9A-Za-z.]", "_", owner.host)[:40]
-    tail = f".{_MARK}-{host}-{_boot_token(owner)}-{owner.pid}-{owner.start}-{secrets.token_hex(6)}"
-    room = 254 - len(tail)
-    stem = os.fsencode(name)[:room].decode("utf-8", "ignore")
-    return os.path.join(parent, f".{stem}{tail}")
+def _forget_all() -> None:
+    """For a forked child: its parent's saves are none of its own."""
+    global _renaming
+    for handle in _live.values():
+        os.close(handle)
+    _live.clear()
+    _left.clear()
+    _renaming = threading.Lock()  # another thread of the parent may have held it
 
 
-def _boot_token(owner: ProcessId) -> str:
-    return hashlib.blake2b(owner.boot.encode(), digest_size=8).hexdigest()
-
-
-def _owner_alive(match: re.Match[str]) -> bool | None:
-    here = process.current()
-    if match["boot"] != _boot_token(here):
-        return None
-    owner = ProcessId(host=here.host, boot=here.boot, pid=int(match["pid"]), start=match["start"])
-    return process.is_alive(owner)
-
-
-def _clock(directory: str) -> float:
-    """The time by the clock of the file system, which on a network is not ours."""
-    path = _temporary(os.path.join(directory, "clock"))
-    try:
-        os.mkdir(path)
-        now = os.stat(path).st_mtime
-        os.rmdir(path)
-    except OSError:
-        return 0.0  # then nothing is old
-    return now
-
-
-def _last_change(path: str) -> float:
-    newest = 0.0
-    with contextlib.suppress(OSError):
-        newest = os.lstat(path).st_mtime
-        for parent, directories, files in os.walk(path):
-            for name in (*directories, *files):
-                newest = max(newest, os.lstat(os.path.join(parent, name)).st_mtime)
-    return newest
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

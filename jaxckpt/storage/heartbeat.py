@@ -86,8 +86,14 @@ class Renewer:
         with self._lock:
             self._items.add(item)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="jaxckpt: lease", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="jaxckpt: lease", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    if threading.main_thread().is_alive():
+                        raise
+                    return  # the interpreter is shutting down, which starts no threads any more
+                self._thread = thread
 
     def remove(self, item: Renewable) -> None:
         with self._lock:

@@ -23,6 +23,7 @@ from jaxckpt.errors import CheckpointNotFoundError
 from jaxckpt.storage import directory as directories
 from jaxckpt.storage import process
 from jaxckpt.storage.heartbeat import DEAD_SECONDS, Watch, from_json, renewer, to_json
+from jaxckpt.storage.hidden import remove_tree, temporary
 from jaxckpt.storage.lease import FOLDER
 
 if TYPE_CHECKING:
@@ -136,20 +137,16 @@ def remove(directory: str, name: str, *, is_kept: Callable[[], bool]) -> bool:
     if is_kept():
         return False
     path = os.path.join(directory, name)
-    hidden = directories.stage(path)
-    try:
-        os.rename(path, hidden.path)  # onto the empty directory
-    except BaseException:
-        directories.discard(hidden)
-        raise
+    hidden = temporary(path)
+    os.rename(path, hidden)
     kept = True  # also when it cannot be told
     try:
         kept = is_kept()
     finally:
         if kept:
-            os.rename(hidden.path, path)
+            os.rename(hidden, path)
     if not kept:
-        directories.discard(hidden)
+        remove_tree(hidden)
     return not kept
 
 
