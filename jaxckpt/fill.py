@@ -1,26 +1,43 @@
-"""Filling a target: read in groups that fit the memory limit, convert, make arrays."""
+"""Filling a target: read right into the results where that can be, else in groups that fit the limit."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from jaxckpt.convert import MisfitError, check_result, convert, describe, same
-from jaxckpt.errors import Problem, ProblemKind, RestoreError
-from jaxckpt.graph.flatten import Flat, flatten
+from jaxckpt.errors import Problem, RestoreError
+from jaxckpt.graph.flatten import Flat
 from jaxckpt.graph.match import Fill, Match
-from jaxckpt.graph.model import ArraySpec, IteratorSpec, Leaf, LeafSpec, ObjectGraph
-from jaxckpt.initialize import Initializer
-from jaxckpt.progress import Report, silent
+from jaxckpt.graph.model import ArraySpec, IteratorSpec, LeafSpec, ObjectGraph
+from jaxckpt.progress import Meter, Report, silent
 from jaxckpt.reader import CheckpointReader
 from jaxckpt.storage import devices
+from jaxckpt.storage.chunks import TARGET_BYTES
+from jaxckpt.storage.format.dtypes import numpy_dtype
+from jaxckpt.storage.reads import ahead, cores
+from jaxckpt.storage.slab import Slab
 
-#: Host bytes read at once, when nothing else is asked for.
-DEFAULT_MEMORY_LIMIT = 2 << 30
+_T = TypeVar("_T")
+
+# An array of fewer bytes is copied whatever the limit: not to copy it may take a program to be compiled.
+_LARGE_BYTES = 8 << 20
+
+
+def default_limit() -> int:
+    """Host bytes on their way to a device, when nothing else is asked for: twice a chunk for each core.
+
+    One half is read while the other is copied; on two cores, hence with 64 MiB, more than that is no faster.
+    """
+    return 2 * TARGET_BYTES * min(max(cores(), 2), 16)
 
 
 class Unfilled:
@@ -37,6 +54,22 @@ def own_value(flat: Flat, index: int) -> Any:
     """What a leaf of the target is when nothing is restored into it."""
     spec = flat.graph.leaves[index].spec
     return UNFILLED if isinstance(spec, ArraySpec) and spec.abstract else flat.values[index]
+
+
+class _Plain(Struct, frozen=True, gc=False):
+    """A leaf whose value is the stored bytes as they are.
+
+    Attributes:
+        index: of the target's leaf.
+        source: of the saved leaf.
+        spec: of the target's leaf.
+        nbytes: of the value.
+    """
+
+    index: int
+    source: int
+    spec: ArraySpec
+    nbytes: int
 
 
 class Filler:
@@ -62,10 +95,12 @@ class Filler:
         progress: Report = silent,
     ) -> None:
         self._reader = reader
+        self._saved = reader.graph.leaves
         self._leaves = graph.leaves
         self._own = own
         self._fills = fills
-        self._limit = max(1, (memory_limit or DEFAULT_MEMORY_LIMIT) // 2)
+        # Two groups are held at once: one is read while the other goes to its device.
+        self._limit = max(1, (memory_limit or default_limit()) // 2)
         self._progress = progress
         self._problems: list[Problem] = []
         self._iterators: list[tuple[Any, Any]] = []
@@ -80,17 +115,23 @@ class Filler:
             RestoreError: a value, once read, does not fit.
         """
         # One array under two names of the target is made once, if it was saved with one value.
-        first: dict[Any, int] = {}
-        stands_for = {index: first.setdefault(self._identity(index), index) for index in wanted}
+        stands_for = dict(zip(wanted, wanted, strict=True))
+        if len({self._leaves[index].node for index in wanted}) < len(wanted):
+            first: dict[Any, int] = {}
+            stands_for = {index: first.setdefault(self._identity(index), index) for index in wanted}
+        plain, others = self._sort(dict.fromkeys(stands_for.values()))
+        sizes = {index: self._nbytes(index) for index in others}
+        meter = Meter(self._progress, sum(sizes.values()) + sum([each.nbytes for each in plain]))
+        # Beside what is read stands what it is converted to.
+        held = [(index, nbytes + _nbytes(self._leaves[index].spec)) for index, nbytes in sizes.items()]
+        # What may turn out not to fit comes first: then nothing is allocated for the rest.
         results: dict[int, Any] = {}
-        sizes = {index: self._nbytes(index) for index in first.values()}
-        total, done = sum(sizes.values()), 0
-        for group in self._groups(sizes):
-            results.update(self._fill_group(group))
-            done += sum(sizes[index] for index in group)
-            self._progress(done, total)
+        for group in _groups(held, self._limit):
+            results.update(self._fill_group(group, meter))
         if self._problems:
             raise RestoreError(f"{self._reader.path} does not fit the target:", self._problems)
+        self._fill_plain(plain, results, meter)
+        meter.finish()
         return {index: results[other] for index, other in stands_for.items() if other in results}
 
     def finish(self) -> None:
@@ -98,10 +139,83 @@ class Filler:
         for iterator, state in self._iterators:
             set_state(iterator, state)
 
-    def _fill_group(self, group: Sequence[int]) -> dict[int, Any]:
+    # Stored bytes as they are
+
+    def _sort(self, indices: Iterable[int]) -> tuple[list[_Plain], list[int]]:
+        """Leaves that are filled with stored bytes as they are, and all others."""
+        plain: list[_Plain] = []
+        others: list[int] = []
+        sizes: dict[tuple[int, int], int] = {}  # by identity, which is cheap: specs are few and shared
+        for index in indices:
+            fill = self._fills[index]
+            if fill.function is None and len(fill.sources) == 1:
+                source = fill.sources[0]
+                saved, wanted = self._saved[source].spec, self._leaves[index].spec
+                kinds = (id(saved), id(wanted))
+                if kinds not in sizes:
+                    sizes[kinds] = _plain_nbytes(saved, wanted)
+                if sizes[kinds] >= 0 and isinstance(wanted, ArraySpec):
+                    plain.append(_Plain(index, source, wanted, sizes[kinds]))
+                    continue
+            others.append(index)
+        return plain, others
+
+    def _fill_plain(self, plain: Sequence[_Plain], results: dict[int, Any], meter: Meter) -> None:
+        """Adds these to the results."""
+        on_device = [i for i, each in enumerate(plain) if each.spec.array_type in ("jax", "key")]
+        made = devices.blanks(
+            [plain[i].spec for i in on_device],
+            [self._own[plain[i].index] for i in on_device],
+            large=max(self._limit, _LARGE_BYTES),
+        )
+        blanks = dict(zip(on_device, made, strict=True))
+        direct = [i for i in range(len(plain)) if i not in blanks or blanks[i] is not None]
+        read = self._reader.read(
+            [plain[i].source for i in direct],
+            into=[None if (blank := blanks.get(i)) is None else blank.memory for i in direct],
+            done=meter.add,
+        )
+        numpy: dict[int, devices.Placement] = {}
+        for i, value in zip(direct, read, strict=True):
+            blank = blanks.get(i)
+            if blank is None:
+                numpy[plain[i].index] = devices.Placement(host=value, spec=plain[i].spec, owned=True)
+            else:
+                results[plain[i].index] = blank.array
+        results.update(zip(numpy, devices.place(list(numpy.values())), strict=True))
+        staged = [plain[i] for i in on_device if blanks[i] is None]
+        self._copy(list(_groups([(each, each.nbytes) for each in staged], self._limit)), results, meter)
+
+    def _copy(self, groups: Sequence[Sequence[_Plain]], results: dict[int, Any], meter: Meter) -> None:
+        """Reads each group into host memory and gives it to the devices while the next one is read."""
+        slabs = (Slab(), Slab())
+        reads = [partial(self._read, group, slabs[i % 2], meter) for i, group in enumerate(groups)]
+        with closing(ahead(reads)) as coming:
+            for group, hosts in zip(groups, coming, strict=True):
+                results.update(self._place(group, hosts))
+
+    def _read(self, group: Sequence[_Plain], slab: Slab, meter: Meter) -> list[np.ndarray[Any, Any]]:
+        memory = slab.cut([each.nbytes for each in group])
+        self._reader.read([each.source for each in group], into=memory, done=meter.add)
+        specs: list[Any] = [self._saved[each.source].spec for each in group]
+        return [
+            np.ndarray(spec.stored_shape, numpy_dtype(spec.dtype), part)
+            for spec, part in zip(specs, memory, strict=True)
+        ]
+
+    def _place(self, group: Sequence[_Plain], hosts: Sequence[np.ndarray[Any, Any]]) -> dict[int, Any]:
+        placements = [
+            devices.Placement(host=host, spec=each.spec, like=self._own[each.index])
+            for each, host in zip(group, hosts, strict=True)
+        ]
+        return dict(zip([each.index for each in group], devices.place(placements), strict=True))
+
+    # Everything else
+
+    def _fill_group(self, group: Sequence[int], meter: Meter) -> dict[int, Any]:
         uses = Counter(source for index in group for source in self._fills[index].sources)
         sources = sorted(uses)
-        values = dict(zip(sources, self._reader.read(sources, _make), strict=True))
+        values = dict(zip(sources, self._reader.read(sources, _make, done=meter.add), strict=True))
         results: dict[int, Any] = {}
         places: dict[int, devices.Placement] = {}
         for index in group:
@@ -129,7 +243,7 @@ class Filler:
     def _value(self, index: int, values: Mapping[int, Any]) -> Any:
         """The host value of one leaf of the target, as the target has it."""
         fill, leaf = self._fills[index], self._leaves[index]
-        saved = [self._reader.graph.leaves[source] for source in fill.sources]
+        saved = [self._saved[source] for source in fill.sources]
         if fill.function is not None:
             arrays = [np.asarray(values[source]) for source in fill.sources]
             try:
@@ -149,18 +263,33 @@ class Filler:
     def _nbytes(self, index: int) -> int:
         return sum([self._reader.nbytes(source) for source in self._fills[index].sources])
 
-    def _groups(self, sizes: Mapping[int, int]) -> Iterator[list[int]]:
-        """Runs of leaves whose bytes fit the limit; a larger leaf is a group of its own."""
-        group: list[int] = []
-        size = 0
-        for index, nbytes in sizes.items():
-            if group and size + nbytes > self._limit:
-                yield group
-                group, size = [], 0
-            group.append(index)
-            size += nbytes
-        if group:
+
+def _plain_nbytes(saved: LeafSpec, wanted: LeafSpec) -> int:
+    """Bytes of a stored array that is what is wanted as it is; -1 for all else."""
+    if not isinstance(saved, ArraySpec) or not isinstance(wanted, ArraySpec) or saved.dtype != wanted.dtype:
+        return -1
+    return _nbytes(saved) if saved.stored_shape == wanted.stored_shape else -1
+
+
+def _nbytes(spec: LeafSpec) -> int:
+    """Bytes of an array; 0 for anything else."""
+    if not isinstance(spec, ArraySpec):
+        return 0
+    return math.prod(spec.stored_shape) * numpy_dtype(spec.dtype).itemsize
+
+
+def _groups(sizes: Iterable[tuple[_T, int]], limit: int) -> Iterator[list[_T]]:
+    """Runs of items whose bytes fit the limit; a larger item is a group of its own."""
+    group: list[_T] = []
+    size = 0
+    for item, nbytes in sizes:
+        if group and size + nbytes > limit:
             yield group
+            group, size = [], 0
+        group.append(item)
+        size += nbytes
+    if group:
+        yield group
 
 
 def _make(value: Any, spec: ArraySpec) -> Any:
@@ -175,54 +304,6 @@ def set_state(iterator: Any, state: Any) -> None:
         iterator.set_state(own)
     else:
         iterator.load_state_dict(own)
-
-
-def initialize_leaves(flat: Flat, wanted: Sequence[int], initializer: Initializer) -> list[Any]:
-    """The values that an initializer gives for these leaves of a target, all of them abstract arrays.
-
-    Raises:
-        RestoreError: it lacks one, or gives another kind, shape or dtype.
-    """
-    given = flatten(initializer.target, target=True)
-    problems: list[Problem] = []
-    found: list[int] = []
-    for index in wanted:
-        leaf = flat.graph.leaves[index]
-        other = given.graph.by_key.get(leaf.key)
-        problem = _unfit(leaf, None if other is None else given.graph.leaves[other].spec)
-        if problem is not None:
-            problems.append(problem)
-        elif other is not None:
-            found.append(other)
-    if problems:
-        raise RestoreError("init_fn does not fit the target:", problems)
-    likes = [flat.values[index] for index in wanted]
-    computed = initializer.compute(found, [getattr(like, "sharding", None) for like in likes])
-    values = [
-        given.values[other] if value is None else value for other, value in zip(found, computed, strict=True)
-    ]
-    specs = [flat.graph.leaves[index].spec for index in wanted]
-    return devices.conform(values, specs, likes)
-
-
-def _unfit(leaf: Leaf, given: LeafSpec | None) -> Problem | None:
-    """What is wrong with what an initializer gives for a leaf, if anything."""
-    wanted = leaf.spec
-    kind: ProblemKind | None = None
-    if given is None:
-        kind = "missing"
-    elif not isinstance(given, ArraySpec) or not isinstance(wanted, ArraySpec) or given.impl != wanted.impl:
-        kind = "kind"
-    elif given.shape != wanted.shape:
-        kind = "shape"
-    elif given.dtype != wanted.dtype:
-        kind = "dtype"
-    if kind is None:
-        return None
-    saved = "nothing from init_fn" if given is None else f"{given} from init_fn"
-    return Problem(
-        key=leaf.key, kind=kind, saved=saved, wanted=str(wanted), hint="init_fn gives the whole tree"
-    )
 
 
 def fill_matched(

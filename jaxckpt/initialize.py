@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh
 from msgspec import Struct
+
+from jaxckpt.errors import Problem, ProblemKind, RestoreError
+from jaxckpt.graph.flatten import Flat, flatten
+from jaxckpt.graph.model import ArraySpec, Leaf, LeafSpec
+from jaxckpt.storage import devices
 
 
 class Initializer(Struct, frozen=True, kw_only=True):
@@ -41,14 +45,17 @@ class Initializer(Struct, frozen=True, kw_only=True):
             if self.outputs[leaf] >= 0:
                 groups.setdefault(_devices(sharding), []).append(place)
         results: list[Any] = [None] * len(leaves)
-        for devices, places in groups.items():
+        for where, places in groups.items():
             outputs = [self.outputs[leaves[place]] for place in places]
-            values = self._run(outputs, None if devices is None else [shardings[place] for place in places])
+            values = self._run(outputs, None if where is None else [shardings[place] for place in places])
             for place, value in zip(places, values, strict=True):
                 results[place] = value
         return results
 
     def _run(self, outputs: Sequence[int], shardings: Sequence[Any] | None) -> Sequence[Any]:
+        # To import it makes jax 0.12 trace anew all that was traced before: only whoever needs it pays.
+        from jax.extend.core import jaxpr_as_fun
+
         run = jaxpr_as_fun(self.jaxpr)
 
         def part() -> list[Any]:
@@ -87,3 +94,51 @@ def trace(init_fn: Callable[[], Any]) -> Initializer:
         outputs[index] = count
     leaves.clear()  # tracers must not outlive their trace
     return Initializer(target=treedefs[0].unflatten(abstract), jaxpr=jaxpr, outputs=tuple(outputs))
+
+
+def initialize_leaves(flat: Flat, wanted: Sequence[int], initializer: Initializer) -> list[Any]:
+    """The values that an initializer gives for these leaves of a target, all of them abstract arrays.
+
+    Raises:
+        RestoreError: it lacks one, or gives another kind, shape or dtype.
+    """
+    given = flatten(initializer.target, target=True)
+    problems: list[Problem] = []
+    found: list[int] = []
+    for index in wanted:
+        leaf = flat.graph.leaves[index]
+        other = given.graph.by_key.get(leaf.key)
+        problem = _unfit(leaf, None if other is None else given.graph.leaves[other].spec)
+        if problem is not None:
+            problems.append(problem)
+        elif other is not None:
+            found.append(other)
+    if problems:
+        raise RestoreError("init_fn does not fit the target:", problems)
+    likes = [flat.values[index] for index in wanted]
+    computed = initializer.compute(found, [getattr(like, "sharding", None) for like in likes])
+    values = [
+        given.values[other] if value is None else value for other, value in zip(found, computed, strict=True)
+    ]
+    specs = [flat.graph.leaves[index].spec for index in wanted]
+    return devices.conform(values, specs, likes)
+
+
+def _unfit(leaf: Leaf, given: LeafSpec | None) -> Problem | None:
+    """What is wrong with what an initializer gives for a leaf, if anything."""
+    wanted = leaf.spec
+    kind: ProblemKind | None = None
+    if given is None:
+        kind = "missing"
+    elif not isinstance(given, ArraySpec) or not isinstance(wanted, ArraySpec) or given.impl != wanted.impl:
+        kind = "kind"
+    elif given.shape != wanted.shape:
+        kind = "shape"
+    elif given.dtype != wanted.dtype:
+        kind = "dtype"
+    if kind is None:
+        return None
+    saved = "nothing from init_fn" if given is None else f"{given} from init_fn"
+    return Problem(
+        key=leaf.key, kind=kind, saved=saved, wanted=str(wanted), hint="init_fn gives the whole tree"
+    )

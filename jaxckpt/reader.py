@@ -13,6 +13,7 @@ from jaxckpt import listing
 from jaxckpt.errors import CheckpointNotFoundError, UnsupportedFormatError
 from jaxckpt.graph.model import ArraySpec, IteratorSpec, Leaf, ObjectGraph, ValueSpec
 from jaxckpt.storage.opened import Make, OpenCheckpoint
+from jaxckpt.storage.values import Done
 
 if TYPE_CHECKING:
     from jaxckpt.graph.status import RestoreStatus
@@ -61,14 +62,24 @@ class CheckpointReader(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"<CheckpointReader {self.path}: {len(self)} values>"
 
-    def read(self, leaves: Sequence[int], make: Make | None = None) -> list[Any]:
+    def read(
+        self,
+        leaves: Sequence[int],
+        make: Make | None = None,
+        *,
+        into: Sequence[Any] | None = None,
+        done: Done = int,
+    ) -> list[Any]:
         """The values of several leaves (indices into ``graph.leaves``), in fewer reads than one by one.
 
         Args:
             leaves: which.
             make: makes of an array and its spec what it was; for arrays inside iterators' states.
+            into: for each leaf a writable buffer of its array's size to read into (then the result has None
+                for it), or None.
+            done: called with the bytes of each part that has been read, by one thread at a time.
         """
-        return self._open.read(leaves, make)
+        return self._open.read(leaves, make, into=into, done=done)
 
     @property
     def save_counter(self) -> int | None:

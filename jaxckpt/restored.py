@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jaxckpt.errors import RestoreError, RestoreIgnoredWarning
-from jaxckpt.fill import UNFILLED, fill_matched, initialize_leaves, own_value
+from jaxckpt.fill import UNFILLED, fill_matched, own_value
 from jaxckpt.graph.flatten import Flat, flatten
 from jaxckpt.graph.grow import grow
 from jaxckpt.graph.match import match
 from jaxckpt.graph.model import ObjectGraph
 from jaxckpt.graph.rules import Rules
 from jaxckpt.graph.status import RestoreStatus
-from jaxckpt.initialize import Initializer, trace
+from jaxckpt.initialize import Initializer, initialize_leaves, trace
 from jaxckpt.reader import CheckpointReader
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from jaxckpt.fill import fill_matched, own_value
+from jaxckpt.graph.collector import paused
 from jaxckpt.graph.flatten import flatten
 from jaxckpt.graph.match import match
 from jaxckpt.graph.rules import Rules
@@ -54,8 +56,11 @@ def restore(
         sharding: without a target, where arrays go: a `jax.sharding.Sharding`, a `Mesh` (the saved axes on
             it, by name), a function of
             (key, ShapeDtypeStruct), or `numpy.ndarray` for numpy.
-        memory_limit: bytes of host memory for what is read and not yet placed.
-        progress: called with (bytes done, bytes in all), or True for a bar.
+        memory_limit: bytes of host memory for what is read and not yet on its device; if not given 32 MiB
+            for each core, from 64 to 512. A larger array is held alone. Arrays of numpy, and large or many
+            ones on a CPU, are read right into the result and need none.
+        progress: called with (bytes done, bytes in all), from (0, all) to (all, all) with a step for each 4
+            MiB or more, from any thread, never by two at once; or True for a bar in a terminal or notebook.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
@@ -82,8 +87,19 @@ def restore(
         cast=cast,
         skip_slots=skip_slots,
     )
+    with nullcontext() if transform else paused():  # what a function of the caller's makes may be garbage
+        return _restore_into(path, target, rules, memory_limit, progress)
+
+
+def _restore_into(
+    path: PathLike | CheckpointReader | None,
+    target: Any,
+    rules: Rules,
+    memory_limit: int | None,
+    progress: Progress,
+) -> Restored:
     flat = flatten(target, target=True)
-    own = tuple(own_value(flat, index) for index in range(len(flat.values)))
+    own = tuple([own_value(flat, index) for index in range(len(flat.values))])
     if path is None:
         return Restored(State.nothing(flat, own, rules))
     reader = path if isinstance(path, CheckpointReader) else open_exact(path)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from jaxckpt.errors import RestoreError
 from jaxckpt.fill import Filler
+from jaxckpt.graph.collector import paused
 from jaxckpt.graph.flatten import flatten
 from jaxckpt.graph.match import Fill
 from jaxckpt.graph.matching.view import look
@@ -51,7 +52,7 @@ def restore_saved(
     models = [_model(leaf, sharding) for leaf in graph.leaves]
     leaves = tuple(replace(leaf, spec=spec) for leaf, (spec, _) in zip(graph.leaves, models, strict=True))
     fills = [Fill("restored", (index,)) for index in range(len(leaves))]
-    with shown(progress, "Restoring") as report:
+    with shown(progress, "Restoring") as report, paused():
         filler = Filler(
             reader,
             replace(graph, leaves=leaves),

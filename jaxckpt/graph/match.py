@@ -7,7 +7,7 @@ each `Fill`: whether they fit (``cast``, ``exact``), whether several are equal (
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace as replace_struct
 
@@ -15,46 +15,20 @@ from jaxckpt.errors import Problem, RestoreError
 from jaxckpt.graph.matching.clash import Finding, Names, absent, containers_differ
 from jaxckpt.graph.matching.compat import compare, is_inexact
 from jaxckpt.graph.matching.hints import Hints
+from jaxckpt.graph.matching.outcome import Fill as Fill
+from jaxckpt.graph.matching.outcome import outcome
 from jaxckpt.graph.matching.rehome import rehome
 from jaxckpt.graph.matching.renames import place
-from jaxckpt.graph.matching.transforms import Assemble, Made, apply, carry
+from jaxckpt.graph.matching.transforms import Made, apply, carry
 from jaxckpt.graph.matching.view import containers, look, optimizers_of
 from jaxckpt.graph.matching.wishes import Wishes
-from jaxckpt.graph.model import Leaf, ObjectGraph, ValueSpec
+from jaxckpt.graph.model import ArraySpec, Leaf, ObjectGraph
 from jaxckpt.graph.optimizers.slot_match import match_states
 from jaxckpt.graph.rules import Rules
 from jaxckpt.graph.status import RestoreStatus
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-
-Why = Literal["restored", "missing", "fresh", "ambiguous", "not asked"]
-
-
-class Fill(NamedTuple):
-    """Where the value of one target leaf comes from.
-
-    Attributes:
-        why: "restored", else the target's own is kept: "missing", "fresh", "ambiguous", or "not asked" (a
-            function of the program, a ``...``).
-        sources: saved leaf indices in the order in which ``function`` takes them; () unless restored, and
-            for an ambiguous leaf those that it could be.
-        function: of a transform: takes the host arrays of ``sources`` and gives the value, whose shape
-            and dtype are the target's or it is refused.
-        indices: of a transform that scatters: what the target's stars stood for (``function`` has it).
-        cast: the value is converted to another width of its kind; integers must fit.
-        exact: a Python value goes into an array: it must be exactly representable there.
-        equal: all of ``sources`` must be equal, else the leaf is ambiguous (`Match.revise`).
-    """
-
-    why: Why
-    sources: tuple[int, ...] = ()
-    function: Assemble | None = None
-    indices: tuple[str, ...] | None = None
-    cast: bool = False
-    exact: bool = False
-    equal: bool = False
-
 
 _NOT_ASKED = Fill("not asked")
 _MISSING = Fill("missing")
@@ -117,7 +91,14 @@ def match(saved: ObjectGraph, target: ObjectGraph, rules: Rules | None = None) -
         RestoreError: a rule is wrong in itself: it names nothing, or two things meet in one name. What is
             wrong with leaves does not raise here, see `Match.check`.
     """
-    return _Matcher(saved, target, rules or Rules()).run()
+    if rules is not None and rules != Rules():
+        return _Matcher(saved, target, rules).run()
+    # What restores the same into the same again and again finds it beside the graph.
+    kept: Any = saved.__dict__
+    last = kept.get("_match")
+    if last is None or last[0] is not target:
+        last = kept["_match"] = (target, _Matcher(saved, target, Rules()).run())
+    return last[1]
 
 
 class _Matcher:
@@ -146,6 +127,8 @@ class _Matcher:
         self.findings: list[Finding] = []
         self.fills: list[Fill] = []
         self.hints: Hints | None = None
+        # Pairs of specs that fit as they are, by identity: a graph has few, and keeps them.
+        self.fitting: set[tuple[int, int]] = set()
 
     def run(self) -> Match:
         self._find()
@@ -227,6 +210,8 @@ class _Matcher:
         sources = self.sources.get(index)
         if sources is None:
             return self._absent(index, leaf)
+        if len(sources) == 1 and (id(self.saved.leaves[sources[0]].spec), id(leaf.spec)) in self.fitting:
+            return Fill("restored", sources)
         return self._compared(index, leaf, sources)
 
     def _compared(self, index: int, leaf: Leaf, sources: tuple[int, ...]) -> Fill:
@@ -249,6 +234,8 @@ class _Matcher:
             )
         if function:
             return _NOT_ASKED
+        if not (cast or exact) and len(sources) == 1 and isinstance(leaf.spec, ArraySpec):
+            self.fitting.add((id(self.saved.leaves[sources[0]].spec), id(leaf.spec)))
         return Fill("restored", sources, cast=cast, exact=exact, equal=len(sources) > 1)
 
     def _transformed(self, index: int, leaf: Leaf, made: Made) -> Fill:
@@ -310,80 +297,13 @@ class _Matcher:
 
     def status(self, fills: list[Fill]) -> RestoreStatus:
         """The status for some fills."""
-        keys: dict[Why, list[str]] = {"missing": [], "fresh": [], "ambiguous": []}
-        restored: dict[str, tuple[str, ...]] = {}
-        candidates: dict[str, tuple[str, ...]] = {}
-        cast: list[str] = []
-        replaced: dict[str, tuple[object, object]] = {}
-        used: set[int] = set()
-        saved = self.saved.leaves
-        for leaf, fill in zip(self.target.leaves, fills, strict=True):
-            if fill.why == "restored":
-                restored[leaf.key] = tuple([saved[source].key for source in fill.sources])
-                used.update(fill.sources)
-                if fill.cast:
-                    cast.append(leaf.key)
-                if isinstance(leaf.spec, ValueSpec):
-                    _note_replaced(replaced, leaf, saved[fill.sources[0]])
-            elif fill.why != "not asked":
-                keys[fill.why].append(leaf.key)
-                if fill.why == "ambiguous":
-                    candidates[leaf.key] = tuple(saved[source].key for source in fill.sources)
-        unused, excused, slots = self._unused(used, candidates)
-        return RestoreStatus(
-            restored=restored,
-            missing=tuple(keys["missing"]),
-            fresh=tuple(keys["fresh"]),
-            ambiguous=tuple(keys["ambiguous"]),
-            cast=tuple(cast),
-            candidates=candidates,
-            replaced=replaced,
-            unused=unused,
-            excused=excused,
-            slots_unused=slots,
+        return outcome(
+            self.saved.leaves,
+            self.names.view.leaves,
+            self.target.leaves,
+            fills,
+            skip_slots=self.rules.skip_slots,
         )
-
-    def _unused(
-        self, used: set[int], candidates: Mapping[str, tuple[str, ...]]
-    ) -> tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]:
-        """Saved keys that went nowhere, those of them that need not, those of them that are slots."""
-        unsure = {key for items in candidates.values() for key in items if key in candidates}
-        leaves, seen = self.saved.leaves, self.names.view.leaves
-        left = [
-            index
-            for index, leaf in enumerate(seen)
-            if leaf is not None
-            and index not in used
-            and leaf.spec.kind != "callable"
-            and leaves[index].key not in unsure
-        ]
-        if not left:
-            return (), frozenset(), ()
-        nodes = {leaves[index].node for index in used}
-        states = {
-            (s.optimizer, s.state_class) for leaf in leaves if (s := leaf.state) is not None and s.is_slot
-        }
-        excused: set[str] = set()
-        for index in left:
-            leaf = leaves[index]
-            state = leaf.state
-            skipped = (
-                self.rules.skip_slots and state is not None and (state.optimizer, state.state_class) in states
-            )
-            if leaf.node in nodes or skipped or leaf.key == "save_counter":
-                excused.add(leaf.key)
-        slots = tuple(
-            [leaves[i].key for i in left if (state := leaves[i].state) is not None and state.is_slot]
-        )
-        return tuple([leaves[i].key for i in left]), frozenset(excused), slots
-
-
-def _note_replaced(replaced: dict[str, tuple[object, object]], leaf: Leaf, source: Leaf) -> None:
-    if isinstance(leaf.spec, ValueSpec) and isinstance(source.spec, ValueSpec):
-        old, new = leaf.spec.value, source.spec.value
-        # By their spelling: nan is nan, and -0.0 is not 0.0.
-        if old is not None and new is not None and repr(old) != repr(new):
-            replaced[leaf.key] = (old, new)
 
 
 def _one_each(findings: list[Finding]) -> list[Finding]:

@@ -47,7 +47,7 @@ class Frozen(Struct, frozen=True, gc=False):
     """Base of the model: never changed, and without cycles, so that no garbage collector need look at it.
 
     (A frozen dataclass does the same in a millisecond for each class and some microseconds for each of the
-    25,000 values of a graph of 5000 leaves.)
+    25,000 values of a graph of 5000 leaves. What is `array_like` is a row of the manifest as it is.)
     """
 
 
@@ -212,7 +212,7 @@ class Leaf(Frozen, frozen=True, kw_only=True):
 NodeKind = Literal["container", "optimizer", "variable", "slot", "value", "iterator", "callable"]
 
 
-class Node(Frozen, frozen=True, kw_only=True):
+class Node(Frozen, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """A container, an optimizer, a variable, a slot variable or a value.
 
     Attributes:
@@ -226,7 +226,7 @@ class Node(Frozen, frozen=True, kw_only=True):
     type: str
 
 
-class Edge(Frozen, frozen=True, kw_only=True):
+class Edge(Frozen, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """A named edge between two nodes (indices)."""
 
     parent: int
@@ -234,7 +234,7 @@ class Edge(Frozen, frozen=True, kw_only=True):
     child: int
 
 
-class Slot(Frozen, frozen=True, kw_only=True):
+class Slot(Frozen, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """The dotted edge: what an optimizer keeps for a variable. All four are keys or names.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxckpt.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 TAIL = "the tail of the chunk table"
 
@@ -19,14 +19,14 @@ class Damage:
 
     Attributes:
         directory: the checkpoint.
-        names: for each entry the keys of its leaves.
+        names: gives the keys of the leaves of an entry.
         entries: the damaged ones.
         files: the damaged ones, relative to the checkpoint.
         reasons: in words, in the order of being found.
     """
 
     directory: str
-    names: Sequence[Sequence[str]]
+    names: Callable[[int], Sequence[str]]
     entries: set[int] = field(default_factory=set[int])
     files: set[str] = field(default_factory=set[str])
     reasons: list[str] = field(default_factory=list[str])
@@ -44,7 +44,7 @@ class Damage:
             return
         keys: list[str] = []
         for entry in sorted(self.entries):
-            keys += self.names[entry] if entry < len(self.names) else [f"entry {entry}"]
+            keys += self.names(entry)
         shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         raise CorruptCheckpointError(
             f"{self.directory} is damaged: {self.reasons[0]}. Leaves that cannot be read: {shown}. "
@@ -52,6 +52,11 @@ class Damage:
             keys=keys,
             files=sorted(self.files),
         )
+
+
+def number_only(entry: int) -> tuple[str]:
+    """The name of an entry of which no more is known."""
+    return (f"entry {entry}",)
 
 
 def cut_off(name: str, size: int) -> str:

@@ -10,10 +10,11 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt.graph.model import Sharding
+from jaxckpt.storage.blank import Blank, blanks
 from jaxckpt.storage.hold import Held, hold, hold_all
 from jaxckpt.storage.place import Placement, place
 
-__all__ = ["Held", "Placement", "conform", "describe", "hold", "hold_all", "place"]
+__all__ = ["Blank", "Held", "Placement", "blanks", "conform", "describe", "hold", "hold_all", "place"]
 
 
 def describe(array: object) -> Sharding | None:

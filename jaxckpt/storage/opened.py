@@ -14,7 +14,8 @@ from jaxckpt.storage.chunks import ChunkTable, digest
 from jaxckpt.storage.format.dtypes import numpy_dtype
 from jaxckpt.storage.format.orbax_files import CHECKPOINT_METADATA, is_ours
 from jaxckpt.storage.layout import Entry, bytes_value, names
-from jaxckpt.storage.values import Request, ValueReader
+from jaxckpt.storage.placing import Request
+from jaxckpt.storage.values import Done, ValueReader
 
 Owner = tuple[int, ...]
 Make = Callable[[Any, ArraySpec], Any]
@@ -54,43 +55,69 @@ class OpenCheckpoint:
         self.manifest = manifests.decode(read_manifest(self.path), os.path.join(self.path, manifests.NAME))
         entries, graph = self.manifest.entries, self.manifest.graph
         tables = [self._table(name, expected) for name, expected in self.manifest.files.tables.items()]
-        self._values = ValueReader(self.path, tables, [names(graph, entry) for entry in entries])
-        self._nbytes = [_nbytes(entry) for entry in entries]
-        self._entries: dict[Owner, int] = {}
-        for index, entry in enumerate(entries):
-            self._entries[entry.owner] = index
-            self._entries.update(dict.fromkeys(((alias,) for alias in entry.aliases), index))
+        self._values = ValueReader(self.path, tables, lambda index: names(graph, entries[index]))
+        self._entries: dict[Owner, int] = {entry.owner: index for index, entry in enumerate(entries)}
+        aliases = [(index, entry.aliases) for index, entry in enumerate(entries) if entry.aliases]
+        self._entries.update({(alias,): index for index, several in aliases for alias in several})
 
     @property
     def graph(self) -> ObjectGraph:
         """The named graph."""
         return self.manifest.graph
 
-    def read(self, leaves: Sequence[int], make: Make | None = None) -> list[Any]:
+    def read(
+        self,
+        leaves: Sequence[int],
+        make: Make | None = None,
+        *,
+        into: Sequence[Any] | None = None,
+        done: Done = int,
+    ) -> list[Any]:
         """The values of leaves: numpy arrays of their own memory, Python values, iterators' states.
 
         Args:
             leaves: indices into the graph's.
             make: makes of the array of a spec what it was; called for arrays inside iterators' states.
+            into: for each leaf memory for its array, as `placing.Request` has it, or None. The values of
+                leaves that have some are not in the result, which has None for them.
+            done: called with the bytes of each part that has been read.
 
         Raises:
             CorruptCheckpointError: what was read is not what was written; names the leaves.
         """
-        owners: list[Owner] = []
-        for leaf in leaves:
-            owners += _owners(self.graph, (leaf,))
-        stored = dict.fromkeys(owner for owner in owners if owner in self._entries)
-        requests = [self._request(self._entries[owner]) for owner in stored]
-        read = dict(zip(stored, self._values.read_many(requests), strict=True))
-        return [_value(self.graph, (leaf,), read, make or _plain) for leaf in leaves]
+        requests: list[Request] = []
+        places: list[int] = []
+        others: list[int] = []
+        inner: dict[Owner, None] = {}  # within iterators' states
+        for i, leaf in enumerate(leaves):
+            index = self._entries.get((leaf,))
+            if index is not None:
+                requests.append(self._request(index, None if into is None else into[i]))
+                places.append(i)
+            if not isinstance(self.graph.leaves[leaf].spec, ArraySpec):
+                others.append(i)
+                inner.update(dict.fromkeys(self._inner((leaf,)) if index is None else ()))
+        requests += [self._request(self._entries[owner], None) for owner in inner]
+        read = self._values.read_many(requests, done)
+        results: list[Any] = [None] * len(leaves)
+        for i, value in zip(places, read, strict=False):
+            results[i] = value
+        states: dict[Owner, Any] = dict(zip(inner, read[len(places) :], strict=True))
+        for i in others:
+            owner = (leaves[i],)
+            stored = states if results[i] is None else {owner: results[i]}
+            results[i] = _value(self.graph, owner, stored, make or _plain)
+        return results
 
     def nbytes(self, leaf: int) -> int:
         """Bytes that reading a leaf takes; Python values in the manifest take none."""
         index = self._entries.get((leaf,))
-        if index is not None:
-            return self._nbytes[index]
-        found = [self._entries.get(owner, -1) for owner in _owners(self.graph, (leaf,))]
-        return sum(self._nbytes[index] for index in found if index >= 0)
+        found = [self._entries[owner] for owner in self._inner((leaf,))] if index is None else [index]
+        return sum([_nbytes(self.manifest.entries[index]) for index in found])
+
+    def _inner(self, owner: Owner) -> list[Owner]:
+        """Paths of the stored values inside an iterator's state."""
+        return [found for found in _owners(self.graph, owner) if found in self._entries]
 
     def digest(self, leaf: int) -> Any:
         """Equal for two leaves whose stored arrays are equal and laid out alike."""
@@ -117,11 +144,9 @@ class OpenCheckpoint:
             )
         return ChunkTable.decode(data, path)
 
-    def _request(self, index: int) -> Request:
+    def _request(self, index: int, into: Any) -> Request:
         entry = self.manifest.entries[index]
-        return Request(
-            entry=index, chunk_shape=entry.chunk_shape, shape=entry.shape, dtype=numpy_dtype(entry.dtype)
-        )
+        return Request(index, entry.chunk_shape, entry.shape, numpy_dtype(entry.dtype), into)
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:

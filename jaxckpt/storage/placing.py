@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
+
+from jaxckpt.storage.chunks import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from jaxckpt.storage.chunks import Shape
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Request(NamedTuple):
-    """One array to read; a tuple, since 5000 frozen dataclasses take as long to make as the arrays to read.
+class Request(Struct, frozen=True, gc=False):
+    """One array to read.
 
     Attributes:
         entry: index of its entry.
         chunk_shape, shape: of the entry.
         dtype: of the stored values.
-        out: C-contiguous writable array to fill, of the result's shape and dtype; None for a new one.
+        into: writable memory (a buffer of as many bytes as the result has) to fill, in C order; None for a
+            new array.
         region: the part to read (a slice with start and stop for each axis), or None for all of it.
     """
 
@@ -31,21 +33,15 @@ class Request(NamedTuple):
     chunk_shape: Shape
     shape: Shape
     dtype: np.dtype[Any]
-    out: Array | None = None
+    into: Any = None
     region: tuple[slice, ...] | None = None
 
 
 def new_array(request: Request, shape: Shape) -> Array:
-    out = request.out
-    if out is None:
+    """An array for the result, in the memory that is given for it if any is."""
+    if request.into is None:
         return np.empty(shape, request.dtype)
-    if (
-        out.shape != shape
-        or out.dtype != request.dtype
-        or not (out.flags.c_contiguous and out.flags.writeable)
-    ):
-        raise ValueError(f"`out` must be a writable C-contiguous {request.dtype} array of shape {shape}")
-    return out
+    return np.ndarray(shape, request.dtype, request.into)
 
 
 def destination(

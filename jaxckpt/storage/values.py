@@ -7,50 +7,44 @@ import itertools
 import math
 import os
 import stat
-import threading
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import xxhash
+from msgspec import Struct
 
 from jaxckpt.storage.chunks import DIGEST_BYTES, NO_LEAF, ROW, ChunkTable, Shape, chunk_counts, digest
-from jaxckpt.storage.damage import TAIL, Damage, cut_off, differs
+from jaxckpt.storage.damage import TAIL, Damage, cut_off, differs, number_only
 from jaxckpt.storage.placing import Array, Bytes, Request, destination, new_array, ravel
+from jaxckpt.storage.reads import Part, Run, pread, runs, work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
 #: Data files held open from the start, so that pruning the checkpoint does not matter to a reader.
 OPEN_FILES = 256
-# One preadv fills many arrays that lie one behind the other (5000 of 1 KiB: 10 calls instead of 5000). Holes
-# up to a page are read over, so that a run has at most twice as many buffers as chunks (IOV_MAX is 1024).
-_HOLE = 4096
-_RUN_BYTES = 4 << 20
-_RUN_CHUNKS = 500
+# A whole array of one chunk of at most so many bytes is read together with its neighbours.
 _SMALL = 256 << 10
 # Read and hashed in pieces that are still in the cache when they are hashed.
 _PIECE = 1 << 20
-_THREADS_FROM = 8 << 20
+
+#: Called with a number of bytes each time that so many more have been read and checked.
+Done = Callable[[int], object]
 
 
-#: file, offset, index of the request, length, digest
-_Small = tuple[int, int, int, int, bytes]
-
-
-@dataclass(slots=True)
-class _Job:
+class _Chunk(Struct, frozen=True, gc=False):
     """One chunk to read: into `into` if it lies in one piece there, else `place` is given a buffer."""
 
     file: int
     offset: int
-    length: int
-    digest: bytes
+    nbytes: int
+    row: int
     entry: int
     into: Bytes | None
-    place: Callable[[Bytes], None] | None = None
+    place: Callable[[Bytes], None] | None
 
 
 class ValueReader:
@@ -62,11 +56,14 @@ class ValueReader:
     Args:
         directory: the checkpoint.
         tables: its chunk tables, decoded.
-        names: for each entry the keys of the leaves that it holds, for messages.
+        names: gives the keys of the leaves that an entry holds, for messages.
     """
 
     def __init__(
-        self, directory: str, tables: Sequence[ChunkTable], names: Sequence[Sequence[str]] = ()
+        self,
+        directory: str,
+        tables: Sequence[ChunkTable],
+        names: Callable[[int], Sequence[str]] = number_only,
     ) -> None:
         self._directory, self._names = os.fspath(directory), names
         self._files: list[str] = []
@@ -97,25 +94,29 @@ class ValueReader:
         self._chunk: list[int] = rows["chunk"].tolist()
         self._offset: list[int] = rows["offset"].tolist()
         self._length: list[int] = rows["length"].tolist()
-        digests = rows["digest"].tobytes()
-        self._digest = [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]
-        entries, first = np.unique(rows["leaf"], return_index=True)
-        starts: list[int] = first.tolist()
+        self._digests: bytes = rows["digest"].tobytes()
+        leaf = rows["leaf"]
+        starts: list[int] = np.flatnonzero(np.diff(leaf, prepend=~leaf[:1])).tolist()
         spans = zip(starts, [*starts[1:], len(rows)], strict=False)
-        self._rows: dict[int, tuple[int, int]] = dict(zip(entries.tolist(), spans, strict=True))
+        self._rows: dict[int, tuple[int, int]] = dict(zip(leaf[starts].tolist(), spans, strict=True))
 
     def read(
-        self, entry: int, chunk_shape: Shape, shape: Shape, dtype: np.dtype[Any], out: Array | None = None
+        self, entry: int, chunk_shape: Shape, shape: Shape, dtype: np.dtype[Any], into: Any = None
     ) -> Array:
         """One array; see `read_many`."""
-        request = Request(entry=entry, chunk_shape=chunk_shape, shape=shape, dtype=dtype, out=out)
+        request = Request(entry=entry, chunk_shape=chunk_shape, shape=shape, dtype=dtype, into=into)
         return self.read_many([request])[0]
 
-    def read_many(self, requests: Sequence[Request]) -> list[Array]:
-        """The arrays asked for, writable, each with memory of its own (or in its `out`).
+    def read_many(self, requests: Sequence[Request], done: Done = int) -> list[Array]:
+        """The arrays asked for, writable, each with memory of its own.
 
         Needs no memory beyond the results but a chunk for each thread, and that only where a chunk is not
         contiguous in its result. Sizes are checked against the tables and the files before any allocation.
+
+        Args:
+            requests: which. A result whose memory was given (`Request.into`) lies there and is None here.
+            done: called with the bytes of each part once it is read, from any thread, by one at a time.
+                Where it raises, reading ends, and this raises the same.
 
         Raises:
             CorruptCheckpointError: a chunk is missing, cut off, or differs from its digest; names every
@@ -124,26 +125,32 @@ class ValueReader:
         """
         damage = Damage(directory=self._directory, names=self._names)
         results: list[Any] = [None] * len(requests)
-        small: list[_Small] = []
+        small: list[Part] = []
         large: list[int] = []
         rows, files, offsets, lengths = self._rows, self._file, self._offset, self._length
-        for i, (entry, _, shape, dtype, out, region) in enumerate(requests):
-            start, stop = rows.get(entry, (0, 0))
-            if stop - start == 1 and out is None and region is None:
+        for i, request in enumerate(requests):
+            start, stop = rows.get(request.entry, (0, 0))
+            if stop - start == 1 and request.region is None:
                 length = lengths[start]
-                if 0 < length <= _SMALL and length == math.prod(shape) * dtype.itemsize:
-                    small.append((files[start], offsets[start], i, length, self._digest[start]))
+                if 0 < length <= _SMALL and length == math.prod(request.shape) * request.dtype.itemsize:
+                    small.append(Part(files[start], offsets[start], length, i, start))
                     continue
-            self._check(requests[i], damage)
+            self._check(request, damage)
             large.append(i)
         damage.check()
-        self._read_small(sorted(small), requests, results, damage)
-        jobs: list[_Job] = []
+        jobs: list[Run | _Chunk] = list(runs(sorted(small)))
         for i in large:
             results[i] = self._plan(requests[i], jobs, damage)
         damage.check()
         jobs.sort(key=lambda job: (job.file, job.offset))
-        self._work(jobs, damage)
+
+        def do(job: Run | _Chunk) -> None:
+            if isinstance(job, Run):
+                self._read_run(job, requests, results, damage)
+            else:
+                self._read_chunk(job, damage)
+
+        work(jobs, do, done)
         damage.check()
         return results
 
@@ -180,14 +187,15 @@ class ValueReader:
                 damage.add(request.entry, f"{name} is cut off at {self._open[file][1]} bytes", name)
                 return
 
-    def _plan(self, request: Request, jobs: list[_Job], damage: Damage) -> Array:
-        """Makes the array of a request and adds what it takes to fill it."""
+    def _plan(self, request: Request, jobs: list[Run | _Chunk], damage: Damage) -> Array | None:
+        """Makes the array of a request, unless its memory is given, and adds what it takes to fill it."""
         start, _ = self._rows.get(request.entry, (0, 0))
         region = request.region or tuple(slice(0, length) for length in request.shape)
         shape = tuple(max(0, part.stop - part.start) for part in region)
         result = new_array(request, shape)
+        given = None if request.into is not None else result
         if result.size == 0 or result.dtype.itemsize == 0:
-            return result
+            return given
         flat: Bytes = result.reshape(-1).view(np.uint8)
         counts = chunk_counts(request.shape, request.chunk_shape)
         spans = [
@@ -201,104 +209,65 @@ class ValueReader:
             if length != size:
                 damage.add(request.entry, f"the chunk table gives a chunk {length} instead of {size} bytes")
                 break
-            jobs.append(
-                _Job(
-                    self._file[row], self._offset[row], length, self._digest[row], request.entry, into, place
-                )
-            )
-        return result
+            jobs.append(_Chunk(self._file[row], self._offset[row], length, row, request.entry, into, place))
+        return given
 
     # Reading
 
-    def _read_small(
-        self, small: list[_Small], requests: Sequence[Request], results: list[Any], damage: Damage
-    ) -> None:
-        """Whole arrays of one small chunk, many in one system call; they come sorted by place."""
-        for run in _runs(small):
-            name, size, wanted = self._read_run(run)
-            for (_, offset, i, length, expected), buffer in zip(run, wanted, strict=True):
-                if xxhash.xxh3_128_digest(buffer) == expected and offset + length <= size:
-                    results[i] = np.ndarray(requests[i].shape, requests[i].dtype, buffer)
-                else:
-                    reason = cut_off(name, size) if offset + length > size else differs(name, offset, length)
-                    damage.add(requests[i].entry, reason, name)
+    def _read_run(self, run: Run, requests: Sequence[Request], results: list[Any], damage: Damage) -> None:
+        """Whole arrays of one small chunk, many in one system call."""
+        wanted: list[Any] = []
+        for part in run.parts:
+            into = requests[part.request].into
+            wanted.append(bytearray(part.length) if into is None else into)
+        name, size = self._fill_run(run, wanted)
+        check, digests = xxhash.xxh3_128_digest, self._digests
+        for part, buffer in zip(run.parts, wanted, strict=True):
+            at, end, request = part.row * DIGEST_BYTES, part.offset + part.length, requests[part.request]
+            if check(buffer) != digests[at : at + DIGEST_BYTES] or end > size:
+                reason = cut_off(name, size) if end > size else differs(name, part.offset, part.length)
+                damage.add(request.entry, reason, name)
+            elif request.into is None:
+                results[part.request] = np.ndarray(request.shape, request.dtype, buffer)
 
-    def _read_run(self, run: list[_Small]) -> tuple[str, int, list[bytearray]]:
-        """Name and size of the run's file, and what it holds for each chunk."""
-        file, first = run[0][:2]
-        if file < 0:
-            tail = memoryview(self._tails[-1 - file])
-            return TAIL, len(tail), [bytearray(tail[at : at + length]) for _, at, _, length, _ in run]
-        wanted = [bytearray(length) for _, _, _, length, _ in run]
-        buffers, position = wanted, first
-        if sum(map(len, wanted)) != run[-1][1] + run[-1][3] - first:
-            buffers = []
-            for (_, offset, _, length, _), buffer in zip(run, wanted, strict=True):
-                buffers += [bytearray(offset - position), buffer] if offset > position else [buffer]
-                position = offset + length
-        with self._file_of(file) as (handle, size):
-            if handle >= 0 and not _pread(handle, buffers, first):
+    def _fill_run(self, run: Run, wanted: list[Any]) -> tuple[str, int]:
+        """Reads a run into a buffer for each part. Name and size of its file."""
+        if run.file < 0:
+            tail = memoryview(self._tails[-1 - run.file])
+            for part, buffer in zip(run.parts, wanted, strict=True):
+                memoryview(buffer).cast("B")[:] = tail[part.offset : part.offset + part.length]
+            return TAIL, len(tail)
+        with self._file_of(run.file) as (handle, size):
+            if handle >= 0 and not run.read(handle, wanted):
                 size = os.fstat(handle).st_size
-        return self._files[file], size, wanted
+        return self._files[run.file], size
 
-    def _work(self, jobs: Sequence[_Job], damage: Damage) -> None:
-        """Does all jobs, on several threads where that pays: pread and the digest let go of the GIL."""
-        todo = iter(jobs)
-        lock = threading.Lock()
-        failures: list[BaseException] = []
-
-        def loop() -> None:
-            while not failures:
-                with lock:
-                    job = next(todo, None)
-                if job is None:
-                    return
-                try:
-                    self._do(job, damage)
-                except BaseException as error:
-                    failures.append(error)
-
-        helpers: list[threading.Thread] = []
-        if sum(job.length for job in jobs) >= _THREADS_FROM:
-            for _ in range(min(_cores(), len(jobs)) - 1):
-                thread = threading.Thread(target=loop, name="jaxckpt-read", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # no new threads while the interpreter shuts down
-                    break
-                helpers.append(thread)
-        loop()
-        for thread in helpers:
-            thread.join()
-        if failures:
-            raise failures[0]
-
-    def _do(self, job: _Job, damage: Damage) -> None:
+    def _read_chunk(self, job: _Chunk, damage: Damage) -> None:
         if job.file < 0:
-            tail = self._tails[-1 - job.file][job.offset : job.offset + job.length]
+            tail = self._tails[-1 - job.file][job.offset : job.offset + job.nbytes]
             value: Bytes = np.frombuffer(tail, np.uint8)
             self._finish(job, value, digest(value), damage)
             return
         with self._file_of(job.file) as (handle, size):
             name = self._files[job.file]
-            if job.offset + job.length > size:
+            if job.offset + job.nbytes > size:
                 damage.add(job.entry, cut_off(name, size), name)
                 return
-            value = np.empty(job.length, np.uint8) if job.into is None else job.into
+            value = np.empty(job.nbytes, np.uint8) if job.into is None else job.into
             hasher = xxhash.xxh3_128()
             view = memoryview(cast("Any", value))
-            for start in range(0, job.length, _PIECE):
+            for start in range(0, job.nbytes, _PIECE):
                 piece = view[start : start + _PIECE]
-                if not _pread(handle, [piece], job.offset + start):
+                if not pread(handle, [piece], job.offset + start, len(piece)):
                     damage.add(job.entry, cut_off(name, os.fstat(handle).st_size), name)
                     return
                 hasher.update(piece)
             self._finish(job, value, hasher.digest(), damage)
 
-    def _finish(self, job: _Job, value: Bytes, found: bytes, damage: Damage) -> None:
-        if found != job.digest:
+    def _finish(self, job: _Chunk, value: Bytes, found: bytes, damage: Damage) -> None:
+        if found != self._digests[job.row * DIGEST_BYTES : (job.row + 1) * DIGEST_BYTES]:
             name = self._files[job.file] if job.file >= 0 else TAIL
-            damage.add(job.entry, differs(name, job.offset, job.length), name)
+            damage.add(job.entry, differs(name, job.offset, job.nbytes), name)
         elif job.place is not None:
             job.place(value)
         elif job.into is not None and job.into is not value:
@@ -332,42 +301,6 @@ class ValueReader:
             os.close(handle)
             raise OSError(errno.EISDIR, "not a regular file", path)
         return handle, status.st_size
-
-
-def _runs(small: Sequence[_Small]) -> Iterator[list[_Small]]:
-    """Groups of neighbours that one system call reads."""
-    start = end = 0
-    for i, (file, offset, _, length, _) in enumerate(small):
-        first = small[start]
-        near = file == first[0] and 0 <= offset - end <= _HOLE and offset + length - first[1] <= _RUN_BYTES
-        if i > start and (not near or i - start >= _RUN_CHUNKS):
-            yield list(small[start:i])
-            start = i
-        end = offset + length
-    if small:
-        yield list(small[start:])
-
-
-def _pread(handle: int, buffers: Sequence[memoryview | bytearray], offset: int) -> bool:
-    """Fills all buffers from one place. False if the file ends before: it was cut off after it was opened."""
-    wanted = sum(len(buffer) for buffer in buffers)
-    done = os.preadv(handle, buffers, offset)
-    if done == wanted:
-        return True
-    views = [memoryview(buffer) for buffer in buffers]
-    while done > 0:
-        offset += done
-        while views and done >= len(views[0]):
-            done -= len(views.pop(0))
-        if not views:
-            return True
-        views[0] = views[0][done:]
-        done = os.preadv(handle, views, offset)
-    return False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _close(files: dict[int, tuple[int, int]]) -> None:

@@ -28,11 +28,14 @@ def rehome(
         wanted: the target's keys.
         made: what the transforms take.
     """
+    subtrees = _by_prefix(leaves)
+    if not subtrees:
+        return None
     present = {i for i, leaf in enumerate(placed) if leaf is not None and leaf.key in wanted}
     present.update(index for taken in made for index in taken.sources)
     result = list(leaves)
     variables = {leaf.key: i for i, leaf in enumerate(leaves) if leaf is not None and leaf.state is None}
-    for prefix, slots in _by_prefix(leaves).items():
+    for prefix, slots in subtrees.items():
         paths = {leaf.state.path: leaf.variable for _, leaf in slots if leaf.state and leaf.variable}
         homes = {path: variables.get(variable) for path, variable in paths.items()}
         if any(index is None or index in present or placed[index] is None for index in homes.values()):

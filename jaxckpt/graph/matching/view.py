@@ -176,6 +176,9 @@ def containers(structure: Structure | None, optimizers: frozenset[str]) -> dict[
         kind = _container_type(here)
         if kind:
             found[key or ROOT] = Container(kind, here.names, position)
+        if here.children and all(child.type == "leaf" for child in here.children):  # as most that are large
+            position = here.children[-1].leaf + 0.5
+            continue
         prefix = key + "/" if key else ""
         for name, child in zip(reversed(here.names), reversed(here.children), strict=True):
             stack.append((prefix + name.name if name.name else key, child))

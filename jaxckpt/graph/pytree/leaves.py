@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.backend import backends
 from jax.sharding import SingleDeviceSharding
 from msgspec import Struct
 
@@ -261,8 +260,9 @@ def _signature(value: Any) -> object:
 
 @functools.cache
 def _only_cpus() -> bool:
-    """Whether JAX has no accelerator; it has looked once, before it made the first array."""
-    return set(backends()) == {"cpu"}
+    """Whether JAX has no accelerator: one that it has is its default, unless the platforms are given."""
+    config: Any = jax.config
+    return jax.default_backend() == "cpu" and config.jax_platforms in (None, "", "cpu")
 
 
 def _tracer(_value: Any, _target: bool) -> Kind:
