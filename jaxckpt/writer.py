@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxckpt.errors import SaveError
 from jaxckpt.exits import guard, in_main_thread, main_has_ended, tell_of_failures
@@ -63,6 +63,7 @@ class _Job:
     future: SaveFuture
     work: Work | None  # until it has begun, or was dropped
     held: int
+    go: threading.Event = field(default_factory=threading.Event)
 
 
 class Writer:
@@ -127,7 +128,11 @@ class Writer:
         with self._turn:  # callers that wait are served in order
             with self._changed:
                 self._changed.wait_for(lambda: self._has_room(nbytes, memory_limit))
-            begun = self._begin(_Job(future, *snapshot()))
+            job = _Job(future, *snapshot())
+            try:
+                begun = self._begin(job)
+            finally:
+                job.go.set()
         if not begun:
             # As every thread that goes on while the interpreter ends, this one is about to be stopped: no
             # traceback of it need be seen. Unless an exit handler waits for it.
@@ -178,6 +183,8 @@ class Writer:
         return True
 
     def _run(self, job: _Job, *, here: bool = False) -> None:
+        if not here:
+            job.go.wait()  # a new thread has the interpreter for 5 ms, for which the caller would wait
         with self._changed:
             work, job.work = job.work, None
         if work is None:

@@ -173,31 +173,29 @@ def test_a_system_without_threads_saves_in_the_call(monkeypatch):
 
 
 def test_an_interrupt_while_the_thread_starts_leaves_nothing_under_way(monkeypatch):
-    """Whether the thread had begun by then or not."""
+    """Whether the thread was there by then or not: the call has failed, so its save is not made."""
     start = threading.Thread.start
+    threads = []
 
-    def begun(thread):
+    def started_already(thread):
         start(thread)
-        assert claimed.wait(10)
+        threads.append(thread)
         raise KeyboardInterrupt
 
-    def not_begun(thread):
+    def not_started(thread):
         raise KeyboardInterrupt
 
-    for how, made in ((begun, ["a"]), (not_begun, [])):
-        writer, log, claimed = Writer(), [], threading.Event()
-
-        def work(log=log, claimed=claimed):
-            claimed.set()
-            log.append("a")
-            return SaveReport(path="a")
-
+    for how in (started_already, not_started):
+        writer, log = Writer(), []
         monkeypatch.setattr(threading.Thread, "start", how)
         with pytest.raises(KeyboardInterrupt):
-            writer.submit("a", 0, GIB, lambda work=work: (work, 0))
+            writer.submit("a", 0, GIB, started(log, "a"))
         monkeypatch.undo()
         assert writer.wait(writer.under_way(), 10)
-        assert log == made
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert log == []
         assert writer.submit("b", 0, GIB, started(log, "b")).result().path == "b"
 
 
