@@ -26,12 +26,16 @@ class LastSave:
     time: float
 
 
-def check_rule(rule: object) -> None:
-    """Raises `TypeError` or `ValueError` unless ``rule`` is a valid ``save_every``."""
-    if rule is not None and not isinstance(rule, int | timedelta) and not callable(rule):
-        raise TypeError(f"save_every must be an int, a timedelta or a function of the step, not {rule!r}")
-    if isinstance(rule, int | timedelta):
-        positive_interval("save_every", rule)
+def check_rule(rule: SaveEvery | None) -> SaveEvery | None:
+    """``rule``, with a number of steps as an int; raises `TypeError` or `ValueError` for an invalid one."""
+    if rule is None or callable(rule):
+        return rule
+    try:
+        return positive_interval("save_every", rule)
+    except TypeError:
+        raise TypeError(
+            f"save_every must be an int, a timedelta or a function of the step, not {rule!r}"
+        ) from None
 
 
 def is_due(rule: SaveEvery | None, *, step: int, last: LastSave | None, now: float) -> bool:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import warnings
-from concurrent import futures
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from jaxckpt import initialize, listing
 from jaxckpt.cadence import LastSave, SaveEvery, as_step, check_rule, is_due, refuse_integer
+from jaxckpt.catalog import Catalog
 from jaxckpt.errors import CheckpointExistsError, DirectoryInUseError, NewerCheckpointsWarning
+from jaxckpt.preemption import notice
 from jaxckpt.restoring import Restored, restore
 from jaxckpt.saving import Order, submit
-from jaxckpt.storage import pins, retention, state
-from jaxckpt.storage.ledger import Ledger, later
-from jaxckpt.storage.retention import CheckpointInfo, Keep, Metrics, Mode, Policy
-from jaxckpt.writer import SaveFuture, writer
+from jaxckpt.storage import pins, retention
+from jaxckpt.storage.ledger import later
+from jaxckpt.storage.retention import Keep, Metrics, Mode, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import timedelta
     from types import TracebackType
 
+    from jaxckpt.report import SaveReport
     from jaxckpt.storage.state import Row
+    from jaxckpt.writer import SaveFuture
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pending:
-    """A save that is under way."""
-
-    future: SaveFuture
-    number: int
-    last: LastSave
-
-
-class CheckpointManager:
+class CheckpointManager(Catalog):
     """Saves, numbers, keeps and restores the checkpoints of a run.
 
     Making one writes nothing. The directory is written to from the first `save` on, by one process at a
@@ -56,9 +46,10 @@ class CheckpointManager:
             what else is to be kept.
         save_every: a number of steps (saves at the first call, and whenever a multiple was passed since the
             last save), a timedelta, or a function of the step. Without ``step=`` calls are counted.
-        on_busy: "wait" when an earlier save is still writing, or "skip".
+        on_busy: "wait" when an earlier save of this manager is still writing, or "skip".
         checkpoint_name: checkpoints are called ``<checkpoint_name>-<step>``.
-        memory_limit: bytes of host memory that copies of leaves may take in a save.
+        memory_limit: bytes of host memory that copies of leaves may take in a save, and in a restore what is
+            read and not yet placed.
 
     Attributes:
         directory: as given.
@@ -79,7 +70,7 @@ class CheckpointManager:
         checkpoint_name: str = "ckpt",
         memory_limit: int | None = None,
     ) -> None:
-        self._policy = Policy(
+        policy = Policy(
             max_to_keep=max_to_keep,
             keep_best=keep_best,
             metric=metric,
@@ -87,7 +78,6 @@ class CheckpointManager:
             keep_every=keep_every,
             keep=keep,
         )
-        check_rule(save_every)
         if on_busy not in ("wait", "skip"):
             raise ValueError(f"on_busy must be 'wait' or 'skip', not {on_busy!r}")
         if (
@@ -96,16 +86,12 @@ class CheckpointManager:
             or os.path.basename(checkpoint_name) != checkpoint_name
         ):
             raise ValueError(f"checkpoint_name must be a plain file name, not {checkpoint_name!r}")
-        self.directory = os.fspath(directory)
-        self._ledger = Ledger(self.directory, name=checkpoint_name, policy=self._policy, drain=self._settle)
-        self._save_every = save_every
+        super().__init__(os.fspath(directory), name=checkpoint_name, policy=policy)
+        self._save_every = check_rule(save_every)
         self._on_busy = on_busy
         self._memory_limit = memory_limit
         self._closed = False
         self._turn = threading.Lock()  # one call of save at a time; never taken by the writer's thread
-        self._pending: list[_Pending] = []
-        self._failed, self._told_of = list[SaveFuture](), list[SaveFuture]()
-        self._last: LastSave | None = None
         self._calls = 0
         self._told: set[str] = set()
 
@@ -127,7 +113,7 @@ class CheckpointManager:
             metrics: scalars (Python, numpy or jax) to choose the best by.
             metadata: any JSON value, kept beside the tree and never matched.
             overwrite: replace a checkpoint of that step, atomically.
-            force: save whatever ``save_every`` and ``on_busy`` say.
+            force: save whatever ``save_every`` and ``on_busy`` say, as once `preempted` has answered true.
 
         Returns:
             The outcome to come, or None when this call was skipped.
@@ -138,21 +124,51 @@ class CheckpointManager:
             UnsupportedFormatError: the directory is TensorFlow's.
             TypeError: a metric is no number; the tree is a bare integer.
             CheckpointError: an earlier save failed in the background and nobody has looked at its outcome;
-                nothing is saved by this call.
+                nothing is saved by this call. (Once `preempted` has answered true it is raised later, by
+                `wait` or `close`.)
         """
         self._check_usable()
         refuse_integer("save", "tree", tree)
         number = None if step is None else as_step(step)
         with self._turn:
-            self._raise_failed()
+            if not notice.told:
+                self._saves.raise_failed()
             self._calls += 1
-            if not force and not (self._is_due(number) and not (self._on_busy == "skip" and writer.busy)):
+            if not force and not self._is_wanted(number):
                 return None
+            if notice.told and not overwrite and (done := self._saves.outcome(number)):
+                return done
             return self._submit(tree, number, retention.as_scalars(metrics), metadata, overwrite)
 
     def should_save(self, step: int) -> bool:
         """Whether `save` would save this step, by ``save_every``."""
-        return self._is_due(as_step(step))
+        return notice.told or self._is_due(as_step(step))
+
+    def preempted(self, step: int) -> bool:
+        """Whether this process is about to be taken away; asked once a step, it stays true.
+
+        ``if manager.preempted(step): manager.save(state, step=step); break``. From then on each save is made,
+        whatever ``save_every`` and ``on_busy`` say; where the step was saved just before, or is the one that
+        was restored, `save` returns that outcome.
+
+        The notice is SIGTERM, heard from the first call on: before it, and after `close`, the signal does
+        what it always did. The handler saves nothing, and calls the one that was there before. Where JAX's
+        preemption service is on (`jax.distributed.initialize`) it is JAX that listens, which takes it a
+        second or so, and in several processes the answer is true from the same step on in all.
+
+        Args:
+            step: the step at hand.
+
+        Raises:
+            RuntimeError: the notice would not be heard: the first call came from another thread than the
+                main one; JAX's service is off in several processes, or its handler was replaced.
+        """
+        number = as_step(step)
+        if self._closed:
+            return notice.told
+        self._check_usable()
+        self._saves.moved_to(number)
+        return notice.ask(self, number)
 
     def restore(self, target: Any = None, *, step: int | None = None, **options: Any) -> Restored:
         """Restores the newest checkpoint that is whole, or the one of a step. Saves under way are awaited.
@@ -170,12 +186,19 @@ class CheckpointManager:
         """
         refuse_integer("restore", "target", target)
         self._settle()
+        if self._memory_limit is not None:
+            options.setdefault("memory_limit", self._memory_limit)
+
+        def attempt(path: str) -> Restored:
+            restored = restore(path, target=target, **options)
+            self._saves.came_from(self._ledger.step(os.path.basename(path)), path)
+            return restored
+
         if step is None:
-            attempt = partial(restore, target=target, **options)
             found = listing.take_newest(self._ledger.candidates, self._ledger.root, attempt)
-            return attempt(None) if found is None else found
+            return restore(None, target=target, **options) if found is None else found
         row = self._ledger.find(as_step(step))
-        restored = restore(os.path.join(self._ledger.root, row.name), target, **options)
+        restored = attempt(os.path.join(self._ledger.root, row.name))
         self._tell_of_later(row)
         return restored
 
@@ -189,65 +212,6 @@ class CheckpointManager:
         """
         initializer = initialize.trace(init_fn)
         return self.restore(initializer.target, **options).initialize(initializer)
-
-    @property
-    def latest_checkpoint(self) -> str | None:
-        """Path of the newest checkpoint: the one that was committed last."""
-        row = listing.newest(self._ledger.candidates(), self.directory)
-        return None if row is None else self._ledger.path(row)
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """Paths of all checkpoints in the directory, oldest commit first."""
-        return [self._ledger.path(row) for row in self._ledger.view().rows]
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints, oldest commit first, so that the last one is the newest."""
-        return [step for row in self._ledger.view().rows if (step := self._ledger.step(row)) is not None]
-
-    @property
-    def best(self) -> str | None:
-        """Path of the best checkpoint by ``metric``, or None when none has a finite one.
-
-        Raises:
-            ValueError: the manager was made without a metric.
-        """
-        found = retention.best(self._ledger.infos(), self._policy)
-        return None if found is None else found.path
-
-    def info(self, step: int) -> CheckpointInfo:
-        """What is known of a checkpoint without its tree.
-
-        Raises:
-            CheckpointNotFoundError: there is no such step.
-            CorruptCheckpointError: its manifest is damaged.
-        """
-        self._settle()
-        return self._ledger.info(as_step(step))
-
-    def pin(self, step: int) -> None:
-        """Keeps a checkpoint until it is unpinned; works beside a live trainer, from any process.
-
-        Raises:
-            CheckpointNotFoundError: there is no such step (any more).
-            UnsupportedFormatError: the directory is TensorFlow's.
-        """
-        self._settle()
-        state.check_ours(self._ledger.root)
-        pins.pin(self._ledger.root, self._ledger.find(as_step(step)).name)
-
-    def unpin(self, step: int) -> None:
-        """Lets retention decide again; from any process.
-
-        Raises:
-            CheckpointNotFoundError: there is neither such a step nor a pin of it.
-        """
-        self._settle()
-        name = self._ledger.name_of(as_step(step))
-        if name not in pins.pinned(self._ledger.root):
-            self._ledger.find(as_step(step))
-        pins.unpin(self._ledger.root, name)
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint that a manager wrote, were it the latest. Saves under way are awaited.
@@ -276,7 +240,7 @@ class CheckpointManager:
     def wait(self) -> None:
         """Returns when every save is durable; raises what made one fail and was not looked at, once."""
         self._settle()
-        self._raise_failed()
+        self._saves.raise_failed()
 
     def close(self) -> None:
         """Waits like `wait`, and gives the directory to other processes. What is closed can still be read."""
@@ -285,10 +249,11 @@ class CheckpointManager:
         try:
             self._settle()
         finally:
-            if not self._under_way():  # after an interrupted wait, what is under way still needs the lease
+            if not self._saves.under_way():  # after an interrupted wait these still need the lease
                 self._closed = True
                 self._ledger.lease.release()
-        self._raise_failed()
+                notice.leave(self)
+        self._saves.raise_failed()
 
     def __enter__(self) -> Self:
         return self
@@ -301,8 +266,7 @@ class CheckpointManager:
         except Exception as failure:
             if error is None:
                 raise
-            for future in self._told_of:
-                future.seen = False  # whoever handles the other error may not see this: the exit code tells
+            self._saves.unsee()  # whoever handles the other error may not see this: the exit code tells
             error.add_note(f"While this was raised, a checkpoint could not be saved: {failure}")
 
     def __repr__(self) -> str:
@@ -317,19 +281,24 @@ class CheckpointManager:
         if self._closed:
             raise ValueError(f"the manager of {self.directory} is closed: make a new one")
 
+    def _is_wanted(self, step: int | None) -> bool:
+        if notice.told:
+            return True
+        return self._is_due(step) and not (self._on_busy == "skip" and self._saves.under_way())
+
     def _is_due(self, step: int | None) -> bool:
         if isinstance(self._save_every, int):
             step = self._calls if step is None else step
         elif step is None:
-            step = self._ledger.next_number(self._numbers()) if callable(self._save_every) else 0
-        return is_due(self._save_every, step=step, last=self._last, now=time.monotonic())
+            step = self._ledger.next_number(self._saves.numbers()) if callable(self._save_every) else 0
+        return is_due(self._save_every, step=step, last=self._saves.last, now=time.monotonic())
 
     def _submit(
         self, tree: Any, step: int | None, metrics: dict[str, float] | None, metadata: Any, overwrite: bool
     ) -> SaveFuture:
         ledger = self._ledger
         ledger.claim()
-        numbers = self._numbers()
+        numbers = self._saves.numbers()
         following = ledger.next_number(numbers)
         number = following if step is None else step
         path = os.path.join(ledger.root, ledger.name_of(number))
@@ -347,46 +316,17 @@ class CheckpointManager:
             metrics=metrics,
             sequence=ledger.next_sequence,
             before_commit=ledger.lease.check,
-            after_commit=lambda report: ledger.committed(),  # noqa: ARG005
+            after_commit=self._committed,
         )
         future = submit(tree, order)
-        self._last = last
-        self._pending.append(_Pending(future=future, number=number, last=last))
+        self._saves.add(future, number, last)
         return future
 
-    def _numbers(self) -> list[int]:
-        self._reap()
-        return [pending.number for pending in self._pending]
-
-    def _reap(self) -> None:
-        """Takes note of the saves that have ended."""
-        for pending in [item for item in self._pending if item.future.done()]:
-            with contextlib.suppress(ValueError):  # another thread was faster
-                self._pending.remove(pending)
-                if futures.Future.exception(pending.future) is not None:
-                    self._failed.append(pending.future)
-                    if self._last is pending.last:
-                        self._last = None  # nothing was saved, so the next call is due
-
-    def _under_way(self) -> list[SaveFuture]:
-        return [pending.future for pending in list(self._pending) if not pending.future.done()]
-
-    def _settle(self) -> None:
-        """Returns when no save of this manager is under way; a child has none."""
-        if not self._ledger.is_child:
-            futures.wait(self._under_way())
-
-    def _raise_failed(self) -> None:
-        self._reap()
-        failed, self._failed = self._failed, []
-        told = self._told_of = [future for future in failed if not future.seen]
-        errors = [future.exception() for future in told]
-        if not errors or errors[0] is None:
-            return
-        errors[0].add_note(f"It was saving {told[0].path}, in the background.")
-        for future, other in zip(told[1:], errors[1:], strict=True):
-            errors[0].add_note(f"Saving {future.path} failed as well: {other}")
-        raise errors[0]
+    def _committed(self, report: SaveReport) -> None:
+        try:
+            self._ledger.committed()
+        except Exception as error:  # of keep= or metric=, mostly
+            self._saves.failed_after(report.path, error)
 
     def _tell_of_later(self, row: Row) -> None:
         after = later(self._ledger.candidates(), row)

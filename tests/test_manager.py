@@ -15,6 +15,7 @@ import pytest
 from managing import Manager, broken, gate, hidden, tree, value  # noqa: F401  (fixtures)
 
 import jaxckpt
+from jaxckpt.writer import writer
 
 # Nothing is written by who only reads
 
@@ -50,6 +51,60 @@ def test_names_that_are_none(tmp_path, name):
 def test_wrong_options_raise_at_once(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Manager(tmp_path, **options)
+
+
+def test_integers_of_any_kind(tmp_path):
+    kinds = {"max_to_keep": np.int64(2), "keep_every": np.int32(5), "keep_best": np.uint8(1)}
+    with Manager(tmp_path, **kinds, metric="loss", mode="min", save_every=np.int16(2)) as manager:
+        for step in range(1, 12):
+            manager.save(tree(), step=step, metrics={"loss": -step if step == 4 else step})
+        manager.wait()
+        assert manager.steps == [4, 8, 10]
+    for wrong in (True, 2.0, np.float32(2), np.ones(2, int)):
+        with pytest.raises(TypeError, match="max_to_keep must be an int"):
+            Manager(tmp_path, max_to_keep=wrong)
+
+
+# Busy, and limits
+
+
+def test_only_its_own_saves_make_a_manager_busy(tmp_path, gate):
+    with Manager(tmp_path / "1", on_busy="skip") as one, Manager(tmp_path / "2", on_busy="skip") as other:
+        first = one.save({"n": 1})
+        assert one.save({"n": 2}) is None
+        second = other.save({"n": 1})  # is not skipped: it queues behind the other's
+        assert other.save({"n": 2}) is None
+        assert not first.done()
+        threading.Timer(0.05, gate.set).start()
+        assert one.save({"n": 2}, force=True).result().step == 2
+        assert second.result().step == 1
+    with Manager(tmp_path / "3", on_busy="skip") as manager:
+        gate.clear()
+        by_hand = jaxckpt.save_async(tmp_path / "by-hand", {"n": 1})
+        future = manager.save({"n": 1})
+        gate.set()
+        assert future.result().step == 1
+        by_hand.result()
+
+
+def test_the_memory_limit_is_that_of_restores_too(tmp_path, monkeypatch):
+    from jaxckpt import manager as module
+
+    limits = []
+
+    def restore(path, **options):
+        limits.append(options.get("memory_limit"))
+        return jaxckpt.restore(path, **options)
+
+    monkeypatch.setattr(module, "restore", restore)
+    with Manager(tmp_path, memory_limit=1 << 20) as manager:
+        assert value(manager.restore(tree(4))) == 4
+        manager.save(tree(3), step=1).result()
+        assert value(manager.restore(tree())) == 3
+        assert value(manager.restore(tree(), step=1, memory_limit=5000)) == 3
+        assert float(manager.restore_or_initialize(lambda: {"w": np.zeros(3)}).tree["w"][0]) == 3
+    assert value(Manager(tmp_path).restore(tree())) == 3
+    assert limits == [1 << 20, 1 << 20, 5000, 1 << 20, None]
 
 
 # Numbers
@@ -217,6 +272,10 @@ def test_an_error_in_the_block_still_waits_and_stays_itself(tmp_path, gate, brok
         manager.save({"n": 1})
         1 / 0
     assert "could not be saved" in caught.value.__notes__[0]
+    [future] = (
+        writer.unseen()
+    )  # whoever handles the other error may not see this, so that the exit code tells
+    assert isinstance(future.exception(), OSError)
 
 
 def test_a_closed_one_can_be_read_only(tmp_path):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -12,10 +13,11 @@ from dataclasses import replace
 
 import pytest
 from managing import Manager, broken, gate, hidden, tree, value  # noqa: F401  (fixtures)
+from test_writer import run
 
 import jaxckpt
 from jaxckpt.storage import directory as directories
-from jaxckpt.storage import lease, pins, process
+from jaxckpt.storage import lease, pins, process, state
 from jaxckpt.storage.lease import Holder
 
 # Python and jax warn when a program with threads forks: here that is what is tried.
@@ -64,14 +66,87 @@ def test_keep_sees_what_may_go_and_decides(tmp_path):
 
 
 def test_an_error_in_keep_deletes_nothing(tmp_path):
-    manager = Manager(tmp_path, max_to_keep=1, keep=lambda infos: 1 / 0)
+    """The checkpoint is durable, so that its outcome is a report; the error is raised by what comes next."""
+    manager = Manager(tmp_path, max_to_keep=1, save_every=10, keep=lambda infos: 1 / 0)
+    for step in (1, 10):
+        assert manager.save(tree(), step=step).result().step == step
+        with pytest.raises(ZeroDivisionError) as caught:
+            manager.save(tree(), step=step + 1)
+        assert "durable" in "".join(caught.value.__notes__)
+    assert manager.save(tree(), step=12) is None  # what is durable counts
+    assert manager.steps == [1, 10]
+    assert Manager(tmp_path).steps == [1, 10]
+    assert len(json.loads((tmp_path / "checkpoint").read_text())["checkpoints"]) == 2
+    manager.save(tree(), step=20)
     with pytest.raises(ZeroDivisionError):
-        manager.save(tree()).result()
-    assert manager.steps == [1]
-    with pytest.raises(ZeroDivisionError):
-        manager.save(tree()).result()
-    assert manager.steps == [1, 2]
-    manager.close()
+        manager.close()
+
+
+def test_an_error_in_keep_that_nobody_saw_ends_in_a_non_zero_exit(tmp_path):
+    code = f"""
+    import numpy as np, jaxckpt
+    manager = jaxckpt.CheckpointManager({str(tmp_path / "d")!r}, max_to_keep=1, keep=lambda infos: 1 / 0)
+    assert manager.save({{"w": np.ones(3)}}).result().step == 1
+    """
+    result = run(code)
+    assert result.returncode == 120
+    assert "ckpt-1 (it is durable" in result.stderr
+    assert "division by zero" in result.stderr
+
+
+def test_what_somebody_else_has_put_there_meanwhile_stays(tmp_path):
+    """Between looking and deleting: only what the manager wrote is ever deleted."""
+    jaxckpt.save(tmp_path / "elsewhere" / "mine", tree(7))
+
+    def keep(infos):
+        if len(infos) == 2:
+            shutil.rmtree(infos[0].path)
+            shutil.copytree(tmp_path / "elsewhere" / "mine", infos[0].path)
+        return []
+
+    with Manager(tmp_path / "run", max_to_keep=1, keep=keep) as manager:
+        for step in (1, 2, 3):
+            manager.save(tree(step), step=step).result()
+        assert manager.steps == [1, 3]
+        assert value(manager.restore(tree())) == 3
+    assert jaxckpt.load_checkpoint(tmp_path / "run" / "ckpt-1")["w"][0] == 7
+
+
+def test_what_is_saved_by_hand_again_and_again_keeps_its_place(tmp_path):
+    """Also where the file system uses an inode a second time."""
+    with Manager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(tree(step), step=step).result()
+            for name in ("best", "best", "ckpt-9"):
+                jaxckpt.save(tmp_path / name, tree(), overwrite=True)
+        manager.save(tree(3), step=3).result()
+        assert [os.path.basename(path) for path in manager.checkpoints] == [
+            "ckpt-1", "ckpt-2", "best", "ckpt-9", "ckpt-3",
+        ]  # fmt: skip
+        assert manager.info(3).sequence == 9
+
+
+def test_a_save_does_not_look_at_every_checkpoint_again(tmp_path, monkeypatch):
+    """What one costs does not grow with how many are kept."""
+    looked, encoded = [], []
+    stamp, encode = state._stamp, state._encode
+    monkeypatch.setattr(state, "_stamp", lambda path, *args: (looked.append(path), stamp(path, *args))[1])
+    monkeypatch.setattr(state, "_encode", lambda row: (encoded.append(row.name), encode(row))[1])
+    costs = []
+    with Manager(tmp_path, max_to_keep=8) as manager:
+        for step in range(1, 20):
+            manager.save(tree(), step=step, metrics={"loss": 1}).result()
+            costs.append((len(looked), len(encoded)))
+            looked.clear()
+            encoded.clear()
+        assert max(costs[3:8]) <= costs[1]
+        assert len(set(costs[10:])) == 1  # one goes each time; it is looked at before
+        assert costs[-1][0] <= costs[1][0] + 1
+        assert manager.steps == list(range(12, 20))
+        looked.clear()
+        manager.steps  # whoever asks is told what there is now
+        assert len(looked) == 8
+    assert state.load(str(tmp_path)) == state.view(str(tmp_path))
 
 
 def test_a_copy_under_another_name_is_the_users(tmp_path):

@@ -142,6 +142,39 @@ def test_a_step_that_was_saved_again_is_read_again(tmp_path, put):
     assert names(state.scan(str(tmp_path), known)) == ["ckpt-2", "ckpt-1"]
 
 
+def test_a_quick_scan_sees_what_comes_goes_and_is_replaced(tmp_path, put):
+    for n in (1, 2, 3):
+        put(f"ckpt-{n}", sequence=n, writer="manager")
+    put("mine", sequence=4)
+    known = state.view(str(tmp_path))
+    found = state.scan(str(tmp_path), known, quick=True)
+    assert found == known
+    assert all(new is old for new, old in zip(found.rows, known.rows, strict=True))
+    shutil.rmtree(tmp_path / "ckpt-1")
+    put("ckpt-4", sequence=6, writer="manager")
+    os.rename(tmp_path / "ckpt-2", tmp_path / ".old")
+    put("ckpt-2", sequence=7, writer="manager")
+    manifest = decode((tmp_path / "mine" / "graph.json").read_bytes())
+    again = msgspec.structs.replace(manifest, files=msgspec.structs.replace(manifest.files, sequence=5))
+    (tmp_path / "mine" / "graph.json").write_bytes(encode(again))  # the same directory
+    found = state.scan(str(tmp_path), known, quick=True)
+    assert names(found) == ["ckpt-3", "mine", "ckpt-4", "ckpt-2"]
+    assert found == state.scan(str(tmp_path), State())
+
+
+def test_lines_that_are_kept_are_those_of_the_rows(tmp_path, put):
+    for n in (1, 2):
+        put(f"ckpt-{n}", sequence=n)
+    lines = {}
+    state.store(str(tmp_path), state.view(str(tmp_path)), lines)
+    shutil.rmtree(tmp_path / "ckpt-1")
+    found = state.view(str(tmp_path))
+    found = replace(found, rows=(replace(found.rows[0], metadata="new"),))
+    state.store(str(tmp_path), found, lines)
+    assert state.load(str(tmp_path)) == found
+    assert list(lines) == ["ckpt-2"]
+
+
 def test_what_is_gone_is_not_listed_but_its_number_is_remembered(tmp_path, put):
     shutil.rmtree(put("ckpt-9", sequence=4, step=9).with_name("x"), ignore_errors=True)
     known = state.view(str(tmp_path))

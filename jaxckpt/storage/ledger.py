@@ -46,6 +46,7 @@ class Ledger:
         self.directory = directory
         self.root = os.path.abspath(directory)
         self.lease = Lease(self.root, drain=drain)
+        self._prefix = os.path.join(directory, "")
         self._name = name
         self._policy = policy
         self._watch = Watch()
@@ -53,18 +54,20 @@ class Ledger:
         self._acting = threading.Lock()  # the state file and deletions; taken before the other
         self._looking = threading.Lock()
         self._known: State | None = None
+        self._lines: state.Lines = {}
 
     @property
     def is_child(self) -> bool:
         """Whether this is a process that was forked with the ledger in its memory."""
         return os.getpid() != self._pid
 
-    def view(self) -> State:
-        """What the directory holds now."""
+    def view(self, *, quick: bool = False) -> State:
+        """What the directory holds now; ``quick`` as of `state.scan`."""
         if self.is_child:  # a thread of the parent may have held the lock
             return state.view(self.root)
         with self._looking:
-            self._known = state.view(self.root) if self._known is None else state.scan(self.root, self._known)
+            known = state.load(self.root) if self._known is None else self._known
+            self._known = state.scan(self.root, known, quick=quick and self._known is not None)
             return self._known
 
     def candidates(self) -> list[Row]:
@@ -74,13 +77,14 @@ class Ledger:
         starting anew in silence.
         """
         rows = self.view().rows
-        return [row for row in rows if self.step(row) is not None] or list(rows)
+        return [row for row in rows if self.step(row.name) is not None] or list(rows)
 
     def path(self, row: Row) -> str:
-        return os.path.join(self.directory, row.name)
+        return self._prefix + row.name
 
-    def step(self, row: Row) -> int | None:
-        return state.number_of(row.name, self._name)
+    def step(self, name: str) -> int | None:
+        """The step that a name says, or None."""
+        return state.number_of(name, self._name)
 
     def name_of(self, step: int) -> str:
         return f"{self._name}-{step}"
@@ -95,7 +99,7 @@ class Ledger:
         for row in rows:
             if row.name == self.name_of(step):
                 return row
-        steps = sorted(number for row in rows if (number := self.step(row)) is not None)
+        steps = sorted(number for row in rows if (number := self.step(row.name)) is not None)
         there = f"the steps there are {', '.join(map(str, steps))}" if steps else "it has no steps"
         raise CheckpointNotFoundError(f"{self.directory} has no checkpoint of step {step}; {there}")
 
@@ -103,10 +107,10 @@ class Ledger:
         """Whether a manager of this name wrote it: not by hand, and no copy of one under another name."""
         return row.writer == "manager" and row.name == f"{self._name}-{row.step}"
 
-    def infos(self) -> list[CheckpointInfo]:
+    def infos(self, rows: Iterable[Row] | None = None) -> list[CheckpointInfo]:
         """What is told of each checkpoint, oldest commit first."""
         pinned = pins.pinned(self.root)
-        return [self._info(row, row.name in pinned) for row in self.view().rows]
+        return [self._info(row, row.name in pinned) for row in (self.view().rows if rows is None else rows)]
 
     def info(self, step: int) -> CheckpointInfo:
         """What is told of the checkpoint of a step.
@@ -160,13 +164,15 @@ class Ledger:
 
     def next_sequence(self) -> int:
         """The place of a checkpoint that is committed now."""
-        return self.view().sequence + 1
+        return self.view(quick=True).sequence + 1
 
     def committed(self) -> None:
-        """To be called when a new checkpoint is durable: writes the state file, and lets the old ones go."""
+        """To be called when a new checkpoint is durable: lets the old ones go, and writes the state file."""
         with self._acting:
-            self._store()
-            if self._policy.max_to_keep is not None and self._prune():
+            try:
+                if self._policy.max_to_keep is not None:
+                    self._prune()
+            finally:
                 self._store()
 
     def remove(self, row: Row) -> None:
@@ -185,10 +191,10 @@ class Ledger:
     def _info(self, row: Row, pinned: bool) -> CheckpointInfo:
         return CheckpointInfo(
             path=self.path(row),
-            step=self.step(row),
+            step=self.step(row.name),
             sequence=row.sequence or 0,
             time=row.time,
-            metrics=MappingProxyType(dict(row.metrics)),
+            metrics=MappingProxyType(row.metrics),
             metadata=row.metadata,
             nbytes=row.nbytes,
             nbytes_shared=row.nbytes_shared,
@@ -197,26 +203,26 @@ class Ledger:
 
     def _store(self) -> None:
         try:
-            state.store(self.root, self.view())
+            state.store(self.root, self.view(quick=True), self._lines)
         except OSError as error:
             # A full disk, mostly. It is a cache, and the deletions to come make room.
             warnings.warn(f"the state file was not written: {error}", CheckpointWarning, stacklevel=2)
 
-    def _prune(self) -> bool:
-        """Deletes what goes; returns whether anything did."""
-        rows = self.view().rows
-        owned = {self.path(row) for row in rows if self.owns(row)}
-        held = {os.path.join(self.directory, name) for name in pins.held(self.root, self._watch)}
-        gone = False
-        for info in removable(self.infos(), self._policy, owned=owned, held=held):
-            name = os.path.basename(info.path)
+    def _prune(self) -> None:
+        """Deletes what goes."""
+        rows = {self.path(row): row for row in self.view(quick=True).rows}
+        owned = {path for path, row in rows.items() if self.owns(row)}
+        held = {self._prefix + name for name in pins.held(self.root, self._watch)}
+        for info in removable(self.infos(rows.values()), self._policy, owned=owned, held=held):
+            row = rows[info.path]
             try:
-                gone |= pins.remove(self.root, name, is_kept=lambda name=name: self._is_kept(name))
+                now = state.look(self.root, row.name, row)
+                if now is not None and (now is row or self.owns(now)):  # else somebody has put another there
+                    pins.remove(self.root, row.name, is_kept=lambda name=row.name: self._is_kept(name))
             except FileNotFoundError:
-                gone = True  # somebody else removed it
+                pass  # somebody else removed it
             except OSError as error:
                 warnings.warn(f"{info.path} could not be deleted: {error}", CheckpointWarning, stacklevel=2)
-        return gone
 
     def _is_kept(self, name: str) -> bool:
         return name in pins.pinned(self.root) or name in pins.held(self.root, self._watch)

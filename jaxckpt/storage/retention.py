@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -70,9 +71,14 @@ class Policy:
     keep: Keep | None = None
 
     def __post_init__(self) -> None:
-        if self.max_to_keep is not None and whole("max_to_keep", self.max_to_keep) <= 0:
-            raise ValueError(f"max_to_keep must be at least 1, or None to keep all; it is {self.max_to_keep}")
-        if whole("keep_best", self.keep_best) < 0:
+        if self.max_to_keep is not None:
+            object.__setattr__(self, "max_to_keep", whole("max_to_keep", self.max_to_keep))
+            if self.max_to_keep <= 0:
+                raise ValueError(
+                    f"max_to_keep must be at least 1, or None to keep all; it is {self.max_to_keep}"
+                )
+        object.__setattr__(self, "keep_best", whole("keep_best", self.keep_best))
+        if self.keep_best < 0:
             raise ValueError(f"keep_best must not be negative; it is {self.keep_best}")
         if self.mode not in (None, "min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', not {self.mode!r}")
@@ -86,27 +92,29 @@ class Policy:
             raise ValueError(
                 "keep_best needs metric= (a name, or a function of the metrics) and mode= ('min' or 'max')"
             )
-        positive_interval("keep_every", self.keep_every)
+        object.__setattr__(self, "keep_every", positive_interval("keep_every", self.keep_every))
         if self.keep is not None and not callable(self.keep):
             raise TypeError(f"keep must be a function of a list of CheckpointInfo, not {self.keep!r}")
 
 
 def whole(name: str, value: object) -> int:
-    """``value`` as an int, for an argument called ``name``; bools and floats raise `TypeError`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    return value
+    """``value``, any integer, for an argument called ``name``; bools and floats raise `TypeError`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # pyright: ignore[reportArgumentType]  # what has no __index__ raises
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {value!r}") from None
 
 
-def positive_interval(name: str, value: object) -> None:
-    """Raises unless ``value`` is None, a positive int or a positive timedelta."""
+def positive_interval(name: str, value: object) -> int | timedelta | None:
+    """``value``, which is None, any integer or a timedelta; raises unless it is positive."""
     if value is None:
-        return
-    if isinstance(value, timedelta):
-        if value <= timedelta(0):
-            raise ValueError(f"{name} must be positive; it is {value}")
-    elif whole(name, value) <= 0:
-        raise ValueError(f"{name} must be positive; it is {value}")
+        return None
+    interval = value if isinstance(value, timedelta) else whole(name, value)
+    if (interval.total_seconds() if isinstance(interval, timedelta) else interval) <= 0:
+        raise ValueError(f"{name} must be positive; it is {interval}")
+    return interval
 
 
 def in_order(checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:

@@ -75,6 +75,11 @@ class Row:
     damage: str = ""
     unsupported: bool = False
 
+    @property
+    def sound(self) -> bool:
+        """Whether a manager wrote it, and its manifest could be read."""
+        return self.writer == "manager" and not self.damage and not self.unsupported
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
@@ -93,10 +98,10 @@ class State:
 
 def number_of(name: str, prefix: str) -> int | None:
     """The number N of a name ``prefix-N``, or None for any other name (``prefix-007``, too)."""
-    head, dash, digits = name.rpartition("-")
-    if head != prefix or not dash or not digits.isascii() or not digits.isdigit():
+    if not name.startswith(f"{prefix}-"):
         return None
-    return int(digits) if str(int(digits)) == digits else None
+    digits = name[len(prefix) + 1 :]
+    return int(digits) if digits.isascii() and digits.isdigit() and f"{int(digits)}" == digits else None
 
 
 def next_number(state: State, names: Iterable[str], prefix: str, pending: Iterable[int] = ()) -> int:
@@ -185,8 +190,21 @@ def check_ours(directory: str) -> None:
         raise UnsupportedFormatError(f"{path} was written by a later release: upgrade jaxckpt")
 
 
-def store(directory: str, state: State) -> None:
-    """Replaces the state file."""
+#: The lines of the state file that were written last, by name; each with the row that it says.
+Lines = dict[str, tuple[Row, str]]
+
+
+def store(directory: str, state: State, lines: Lines | None = None) -> None:
+    """Replaces the state file.
+
+    Args:
+        directory: of checkpoints.
+        state: what it says from now on.
+        lines: of the last call; what is still the same is not encoded again. They become those of this one.
+    """
+    lines = {} if lines is None else lines
+    old = dict(lines)
+    lines.clear()
     whole = [row.name for row in state.rows if not row.damage]
     document = {
         "format": _FORMAT,
@@ -196,25 +214,30 @@ def store(directory: str, state: State) -> None:
         "latest": whole[-1] if whole else None,
     }
     # A line for each: easy to read, and unlike `indent=` it leaves the work to the encoder in C.
-    rows = ",\n".join(json.dumps(_encode(row)) for row in state.rows)
+    for row in state.rows:
+        before = old.get(row.name)
+        lines[row.name] = before if before and before[0] is row else (row, json.dumps(_encode(row)))
+    rows = ",\n".join(line for _, line in lines.values())
     text = f'{json.dumps(document)[:-1]}, "checkpoints": [\n{rows}\n]}}\n'
     directories.replace_file(os.path.join(directory, FILE), text.encode())
 
 
-def scan(directory: str, known: State, *, strict: bool = True) -> State:
+def scan(directory: str, known: State, *, strict: bool = True, quick: bool = False) -> State:
     """What the directory holds now.
 
     Args:
         directory: of checkpoints; it may be missing.
         known: what was known before; manifests that have not changed since are not read.
         strict: whether it matters that something that may be a checkpoint cannot be looked at.
+        quick: believe what is known of a manager's checkpoint as long as its directory is the same one, so
+            that damage since is not seen.
 
     Raises:
         OSError: with ``strict``, a checkpoint cannot be looked at.
     """
     rows: list[Row] = []
     for _ in range(_SCANS):
-        rows, gone = _scan_once(directory, {row.name: row for row in known.rows}, strict)
+        rows, gone = _scan_once(directory, {row.name: row for row in known.rows}, strict, quick)
         if not gone:  # else by its writer's retention, and what made it old may not have been seen yet
             break
     rows.sort(key=order)
@@ -225,7 +248,7 @@ def scan(directory: str, known: State, *, strict: bool = True) -> State:
     )
 
 
-def _scan_once(directory: str, known: Mapping[str, Row], strict: bool) -> tuple[list[Row], bool]:
+def _scan_once(directory: str, known: Mapping[str, Row], strict: bool, quick: bool) -> tuple[list[Row], bool]:
     """The rows, and whether something was deleted between being listed and being looked at."""
     rows: list[Row] = []
     gone = False
@@ -234,9 +257,14 @@ def _scan_once(directory: str, known: Mapping[str, Row], strict: bool) -> tuple[
     except (FileNotFoundError, NotADirectoryError):
         return rows, gone
     for entry in entries:
-        if not entry.name.startswith(".") and entry.is_dir() and not _is_alias(entry, directory):
+        before = known.get(entry.name)
+        if quick and before is not None and before.sound and before.stamp[0] == entry.inode():
+            # Only its manager replaces it, by another directory. Of one that anybody may replace again and
+            # again the inode may be used again, too.
+            rows.append(before)
+        elif not entry.name.startswith(".") and entry.is_dir() and not _is_alias(entry, directory):
             try:
-                row = _look(entry.path, entry.name, known.get(entry.name))
+                row = look(directory, entry.name, before, inode=entry.inode())
             except OSError:
                 if strict and _NUMBERED.search(entry.name):
                     raise
@@ -288,10 +316,19 @@ def read_row(path: str) -> Row:
     )
 
 
-def _look(path: str, name: str, known: Row | None) -> Row | None:
-    """The row of a directory, or None when it is no checkpoint of ours (or gone meanwhile)."""
+def look(directory: str, name: str, known: Row | None, *, inode: int = 0) -> Row | None:
+    """The row of one directory, or None when it is no checkpoint of ours (or gone meanwhile).
+
+    Args:
+        directory: where it is.
+        name: of the checkpoint.
+        known: what was known before; the same object is returned while nothing has changed.
+        inode: of the checkpoint's directory, as far as a listing tells.
+    """
+    path = f"{directory}/{name}"
+    same = known is not None and known.stamp[0] == inode
     try:
-        stamp = _stamp(path)
+        stamp = _stamp(path, inode if same else 0)
     except FileNotFoundError:
         return _without_manifest(path, name, known)
     if known is not None and known.stamp == stamp and not known.damage and not known.unsupported:
@@ -325,9 +362,9 @@ def _damaged(name: str, stamp: tuple[int, ...], damage: str, known: Row | None) 
     return Row(name=name, stamp=stamp, damage=damage)
 
 
-def _stamp(path: str) -> tuple[int, ...]:
-    status = os.stat(os.path.join(path, MANIFEST))
-    return os.stat(path).st_ino, status.st_ino, status.st_size, status.st_mtime_ns
+def _stamp(path: str, inode: int = 0) -> tuple[int, ...]:
+    status = os.stat(f"{path}/{MANIFEST}")
+    return inode or os.stat(path).st_ino, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_alias(entry: os.DirEntry[str], directory: str) -> bool:
