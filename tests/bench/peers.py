@@ -1,76 +1,89 @@
-"""Who is measured. Each peer saves in the background, waits until the save is durable, and restores into a target."""
+"""Who is measured: each saves in the background if it can, waits until that is durable, restores into a target.
 
+Everyone runs with its own default settings. "Durable" is what each calls finished: Orbax and jaxckpt say so
+themselves, for the plain files of `file_peers` it is an fsync of the file and of its directory.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp_v1
 
 import jaxckpt
+from bench import workloads
+from bench.file_peers import FlaxMsgpack, NumpySavez, Raw, Safetensors
 
 
 class Peer(Protocol):
     """One way to save and restore.
 
-    `begin` returns as soon as training may go on, `wait` when the checkpoint is durable.
+    Attributes:
+        name: what `--peers` and the tables call it.
     """
 
     name: str
 
-    def begin(self, path: Path, tree: Any) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def restore(self, path: Path, target: Any) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-class Jaxckpt:
-    name = "jaxckpt"
-
-    def __init__(self) -> None:
-        self._future: jaxckpt.SaveFuture | None = None
-
     def begin(self, path: Path, tree: Any) -> None:
-        self._future = jaxckpt.save_async(path, tree)
+        """Saves; returns as soon as training may go on."""
+        ...
 
     def wait(self) -> None:
-        assert self._future is not None
-        self._future.result()
+        """Returns when the checkpoint is durable."""
+        ...
 
     def restore(self, path: Path, target: Any) -> Any:
-        return jax.block_until_ready(jaxckpt.restore(path, target).tree)
+        """What was saved, on the devices of the target (arrays or `jax.ShapeDtypeStruct`s)."""
+        ...
+
+    def same(self, result: Any, tree: Any) -> bool:
+        """Whether a result of `restore` is what was saved."""
+        ...
+
+    def close(self) -> None:
+        """Ends threads."""
+        ...
+
+
+class _InBackground:
+    def same(self, result: Any, tree: Any) -> bool:
+        return workloads.equal(result, tree)
 
     def close(self) -> None:
         pass
 
 
-class OrbaxStandard:
-    """Orbax's v0 `StandardCheckpointer`, which saves in the background; its own settings."""
+class Jaxckpt(_InBackground):
+    """`jaxckpt.save_async` and `jaxckpt.restore`, digests on.
 
-    name = "orbax StandardCheckpointer"
+    Args:
+        memory_limit: theirs, in bytes.
+    """
 
-    def __init__(self) -> None:
-        self._checkpointer = ocp.StandardCheckpointer()
+    name = "jaxckpt"
+
+    def __init__(self, memory_limit: int | None = None) -> None:
+        self._limit = memory_limit
+        self._future: jaxckpt.SaveFuture | None = None
 
     def begin(self, path: Path, tree: Any) -> None:
-        self._checkpointer.save(path, tree)
+        self._future = jaxckpt.save_async(path, tree, memory_limit=self._limit)
 
     def wait(self) -> None:
-        self._checkpointer.wait_until_finished()
+        assert self._future is not None
+        self._future.result()
+        self._future = None
 
     def restore(self, path: Path, target: Any) -> Any:
-        return jax.block_until_ready(self._checkpointer.restore(path, target))
-
-    def close(self) -> None:
-        self._checkpointer.close()
+        return jax.block_until_ready(jaxckpt.restore(path, target, memory_limit=self._limit).tree)
 
 
-class OrbaxAsync:
-    """Orbax's v0 `AsyncCheckpointer` around its `PyTreeCheckpointHandler`; its own settings."""
+class OrbaxAsync(_InBackground):
+    """Orbax's v0 `AsyncCheckpointer` around its `PyTreeCheckpointHandler`."""
 
-    name = "orbax AsyncCheckpointer"
+    name = "orbax v0"
 
     def __init__(self) -> None:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
@@ -91,4 +104,50 @@ class OrbaxAsync:
         self._checkpointer.close()
 
 
-PEERS = (Jaxckpt, OrbaxStandard, OrbaxAsync)
+class OrbaxStandard(_InBackground):
+    """Orbax's v0 `StandardCheckpointer`, which saves in the background too."""
+
+    name = "orbax v0 standard"
+
+    def __init__(self) -> None:
+        self._checkpointer = ocp.StandardCheckpointer()
+
+    def begin(self, path: Path, tree: Any) -> None:
+        self._checkpointer.save(path, tree)
+
+    def wait(self) -> None:
+        self._checkpointer.wait_until_finished()
+
+    def restore(self, path: Path, target: Any) -> Any:
+        return jax.block_until_ready(self._checkpointer.restore(path, target))
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+class OrbaxV1(_InBackground):
+    """Orbax's v1 functions."""
+
+    name = "orbax v1"
+
+    def __init__(self) -> None:
+        self._response: Any = None
+
+    def begin(self, path: Path, tree: Any) -> None:
+        self._response = ocp_v1.save_async(path, tree)
+
+    def wait(self) -> None:
+        self._response.result()
+        self._response = None
+
+    def restore(self, path: Path, target: Any) -> Any:
+        return jax.block_until_ready(ocp_v1.load(path, target))
+
+
+Make = Callable[[], Peer]
+PEERS: dict[str, Make] = {
+    peer.name: peer
+    for peer in (Jaxckpt, OrbaxAsync, OrbaxStandard, OrbaxV1, Safetensors, NumpySavez, FlaxMsgpack, Raw)
+}
+#: Who takes part unless others are asked for.
+DEFAULT = tuple(name for name in PEERS if name != OrbaxStandard.name)
