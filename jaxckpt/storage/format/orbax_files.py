@@ -7,6 +7,7 @@ Their forms are Orbax 0.12.8's: `_src/metadata/tree.py` (``_METADATA``), `array_
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -139,4 +140,7 @@ def is_ours(names: Collection[str], checkpoint_metadata: bytes | None) -> bool:
 
 
 def _json(value: Any) -> bytes:
-    return msgspec.json.encode(value)
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:  # a name with a lone surrogate, which it refuses
+        return json.dumps(value, separators=(",", ":")).encode()
