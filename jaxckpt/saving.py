@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from jaxckpt.errors import SlotsLeftOutWarning
+from jaxckpt.graph.collector import paused
 from jaxckpt.graph.flatten import flatten
 from jaxckpt.graph.model import ObjectGraph
 from jaxckpt.progress import Progress, shown, silent
@@ -137,7 +138,8 @@ def submit(tree: Any, order: Order) -> SaveFuture:
     order = structs.replace(order, metadata=copy.deepcopy(order.metadata))
     state.refuse_tensorflow(os.path.dirname(order.path))
     directory.check(order.path, overwrite=order.overwrite)
-    flat = flatten(tree)
+    with paused():
+        flat = flatten(tree)
     clock.lap("flatten")
     warn_left_out(flat.graph)
     limit = order.memory_limit or default_limit()
@@ -146,7 +148,8 @@ def submit(tree: Any, order: Order) -> SaveFuture:
 
     def snapshot() -> tuple[Callable[[], SaveReport], int]:
         clock.lap("wait")
-        taken = take_snapshot(flat, order.snapshot, borrow=borrowing is not None)
+        with paused():
+            taken = take_snapshot(flat, order.snapshot, borrow=borrowing is not None)
         clock.lap("snapshot")
         clock.block()
         # (no closure: the traceback of an error keeps those, with all that is in them)
