@@ -64,6 +64,7 @@ class _Job:
     work: Work | None  # until it has begun, or was dropped
     held: int
     go: threading.Event = field(default_factory=threading.Event)
+    thread: int = 0
 
 
 class Writer:
@@ -120,10 +121,18 @@ class Writer:
             memory_limit: while an earlier save holds memory, both must fit in this many bytes.
             snapshot: called here, in the caller's thread; returns the rest of the work and the bytes of host
                 memory that it holds: copies, and views too, which keep alive what the program gives up.
+
+        Raises:
+            RuntimeError: called by the work of another save.
         """
         if self._on_first is not None:
             on_first, self._on_first = self._on_first, None
             on_first(self)
+        if any(job.thread == threading.get_ident() for job in self._jobs):
+            raise RuntimeError(
+                f"{path} is to be saved from inside another save (by a function given as keep=, metric= or "
+                "progress=), which would wait for itself: save it afterwards"
+            )
         future = SaveFuture(path)
         with self._turn:  # callers that wait are served in order
             with self._changed:
@@ -187,6 +196,7 @@ class Writer:
             job.go.wait()  # a new thread has the interpreter for 5 ms, for which the caller would wait
         with self._changed:
             work, job.work = job.work, None
+            job.thread = threading.get_ident()
         if work is None:
             return
         job.future.set_running_or_notify_cancel()

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxckpt.errors import RestoreError, UnsupportedLeafError
 from jaxckpt.graph.model import ArraySpec, Sharding
+from jaxckpt.graph.pytree.shardings import describe_sharding
 from jaxckpt.storage import place as place_module
-from jaxckpt.storage.devices import Placement, describe, hold, hold_all, place
+from jaxckpt.storage.devices import Placement, hold, hold_all, place
 from jaxckpt.storage.format.dtypes import dtype_name
 
 DEVICES = jax.devices()
@@ -478,6 +479,11 @@ def test_what_needs_no_jax_starts_no_thread(monkeypatch):
 
 
 # ---- describing
+
+
+def describe(array):
+    sharding = getattr(array, "sharding", None)
+    return None if sharding is None else describe_sharding(sharding, tuple(array.shape))
 
 
 def test_describe():

@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -158,6 +159,20 @@ def test_a_failure_is_unseen_until_somebody_looks():
     assert writer.unseen() == [first, second]
     first.exception()
     assert writer.unseen() == [second]
+
+
+def test_a_save_from_inside_a_save_is_refused_and_does_not_wait_for_itself():
+    writer = Writer()
+
+    def inner():
+        writer.submit("b", 0, GIB, started([], "b"))
+
+    with pytest.raises(RuntimeError, match="b is to be saved from inside another save"):
+        writer.submit("a", 0, GIB, lambda: (inner, 0)).result(10)
+    after = queue.Queue()
+    future = writer.submit("c", 0, GIB, started([], "c"))
+    future.add_done_callback(lambda _: after.put(writer.submit("d", 0, GIB, started([], "d"))))
+    assert after.get(timeout=10).result(10).path == "d"
 
 
 def test_a_system_without_threads_saves_in_the_call(monkeypatch):

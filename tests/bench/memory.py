@@ -62,7 +62,7 @@ def peaks(
 
 
 def in_a_row(workload: str, peer: str, directory: Path, *, quick: bool) -> list[int]:
-    """Bytes above the state at the peak of each of several saves in one process, each of other arrays."""
+    """Bytes above the state at the peak of each of several saves in one process, a donating step after each."""
     with tempfile.TemporaryDirectory(dir=directory) as inside:
         return _in_child(Task(action="saves", workload=workload, quick=quick, peer=peer, path=inside))
 
@@ -105,13 +105,16 @@ def _measure(task: Task) -> list[int]:
     tree = workloads.noise(abstract)
     if task.action == "save":
         return [_growth(lambda: save(path, tree))]
+    step: Any = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    tree = jax.block_until_ready(step(tree))  # in place, as long as no save holds what it is given
+    gc.collect()
     start, found = _resident(), list[int]()
     for number in range(SAVES_IN_A_ROW):
         _set_back()
         save(path / str(number), tree)
+        tree = jax.block_until_ready(step(tree))
         found.append(_peak() - start)
         timing.remove(path / str(number))
-        tree = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)  # leaf by leaf: never two states
     peer.close()
     return found
 
