@@ -104,8 +104,7 @@ def test_several_bars_share_the_terminal(monkeypatch):
         outer(10, 10)
     assert errors == []
     assert progress._display is None
-    shown_text = sys.stderr.getvalue()
-    assert all(name in shown_text for name in ("Saving", "Restoring 0", "Restoring 3"))
+    assert "Saving" in sys.stderr.getvalue()  # bars that come and go between two looks are not drawn
 
 
 def test_a_bar_ends_where_the_work_fails(monkeypatch):
