@@ -23,6 +23,7 @@ _TITLES = {
 _WIDTH, _MARGIN, _LABELS, _GAP = 960, 24, 104, 20
 _PANEL = (_WIDTH - 2 * _MARGIN - _LABELS - 2 * _GAP) / 3
 _TEXT = 92  # behind the longest bar, for its value
+_TICK = 50  # what its label takes
 _LINE, _BAR = 20, 13
 _HEAD, _FOOT = 66, 60
 
@@ -84,10 +85,12 @@ def _row(told: Mapping[str, Any], top: float) -> Iterator[str]:
 def _panel(told: Mapping[str, Any], field: str, scale: "_Scale", left: float, top: float) -> Iterator[str]:
     bottom = top + _LINE * len(told["medians"])
     yield f'<path class="grid" d="M{left:.1f} {bottom:g}h{_PANEL - _TEXT:.1f}"/>'
-    for tick in scale.ticks():
+    for tick, labelled in scale.ticks():
         x = left + scale(tick)
         yield f'<line class="grid" x1="{x:.1f}" y1="{bottom - 4:g}" x2="{x:.1f}" y2="{bottom:g}"/>'
-        yield _text(x, bottom + 12, duration(tick), "small", "middle")
+        if labelled:
+            label = f"{tick:g} s" if tick >= 1 else duration(tick)
+            yield _text(x, bottom + 12, label, "small", "middle")
     for number, (peer, found) in enumerate(told["medians"].items()):
         y, length = top + number * _LINE, max(1.5, scale(found[field]))
         kind = f"bar {_class(peer)}".strip()
@@ -106,10 +109,12 @@ class _Scale:
     def __call__(self, seconds: float) -> float:
         return (math.log10(seconds) - self._least) * self._unit
 
-    def ticks(self) -> list[float]:
-        """The powers of ten within."""
+    def ticks(self) -> list[tuple[float, bool]]:
+        """The powers of ten within, and whether there is room for each one's label."""
         most = self._least + (_PANEL - _TEXT) / self._unit
-        return [10.0**power for power in range(math.ceil(self._least), math.floor(most) + 1)]
+        powers = range(math.floor(most), math.ceil(self._least) - 1, -1)
+        every = math.ceil(_TICK / self._unit)
+        return [(10.0**power, number % every == 0) for number, power in enumerate(powers)]
 
 
 def _times(ratios: Mapping[str, float], field: str, peer: str) -> str:

@@ -156,8 +156,8 @@ def flat_bytes(array: Any) -> np.ndarray[Any, Any]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.4g} {name}"
-    return f"{nbytes:.4g} B"
+    """Bytes for people, in three figures."""
+    units = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B"))
+    unit, name = next((one for one in units if nbytes >= one[0]), units[-1])
+    number = nbytes / unit
+    return f"{number:.0f} {name}" if number >= 100 else f"{number:.3g} {name}"
